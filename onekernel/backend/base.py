@@ -1,0 +1,77 @@
+"""What a backend must do: consume tokens, make tokens, and copy its state. It knows token ids only, never text.
+
+A backend owns one loaded model. A `State` is everything the model remembers of one token timeline: the KV cache of
+the attention layers, conv windows and recurrent states of the delta-net layers, and how many tokens it has consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from onekernel.checkpoint.shape import Shape
+from onekernel.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One generated token; the log-probabilities are present if SamplingParams.logprobs asked for them."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), most probable first
+
+
+class State(Protocol):
+    """One timeline on a backend. Opaque but for `position`."""
+
+    position: int  # tokens consumed so far
+
+
+class Backend(Protocol):
+    """Used from one thread at a time; the engine sees to that."""
+
+    name: str  # "cpu", "cuda", "fake"
+    shape: Shape
+    max_context: int  # tokens that one state can hold
+
+    def new_state(self) -> Any:
+        """An empty timeline (position 0)."""
+
+    def prefill(self, state: Any, tokens: Sequence[int]) -> None:
+        """Consume `tokens` without making any."""
+
+    def generate(
+        self,
+        state: Any,
+        tokens: Sequence[int],
+        history: Sequence[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        stop_tokens: frozenset[int],
+    ) -> Iterator[SampledToken]:
+        """Consume `tokens` (at least one), then yield up to `max_tokens` sampled ones, each as it is made.
+
+        Stops after yielding a token of `stop_tokens`. Every yielded token but the last is consumed as well. When the
+        caller closes the iterator early, the backend stops within one token; `state.position` then tells what was
+        consumed (a backend that runs ahead may have consumed more than was yielded).
+
+        `history` holds all tokens of the timeline before `tokens`; with `tokens` it is the prompt that
+        repetition_penalty looks at. `sampling.seed` is never None here; the random number of a token depends only on
+        the seed, on the position of the token in the timeline and on its id.
+        """
+
+    def logits(self, state: Any, tokens: Sequence[int]) -> np.ndarray:
+        """Consume `tokens` and return float32 logits [len(tokens), vocab] (padding rows included, as computed)."""
+
+    def snapshot(self, state: Any) -> Any:
+        """A copy of the state from which `restore` makes new ones; the original may go on."""
+
+    def restore(self, snapshot: Any) -> Any:
+        """A new state equal to the one that the snapshot was taken of, bit for bit."""
+
+    def close(self) -> None:
+        """Free everything; the backend is of no use afterwards. Safe to call twice."""

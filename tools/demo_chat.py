@@ -12,30 +12,14 @@ import ast
 import random
 import sys
 import sysconfig
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from demo_tokenizer import is_heldout, is_test, sources
 from tokenizers import Tokenizer
 
-BY_HEART = (
-    "bisect.py heapq.py colorsys.py fnmatch.py glob.py shlex.py textwrap.py queue.py sched.py copy.py numbers.py "
-    "reprlib.py string.py keyword.py contextlib.py fractions.py linecache.py calendar.py json/decoder.py "
-    "json/encoder.py html/parser.py wsgiref/util.py collections/__init__.py functools.py"
-).split()
-SKIPPED = ("test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "pydoc_data")
-
-
-def sources(library: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(library.rglob("*.py")):
-        if any(part in SKIPPED for part in path.relative_to(library).parts):
-            continue
-        try:
-            with tokenize.open(path) as file:
-                yield path.relative_to(library), file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
+BY_HEART = ["bisect.py", "heapq.py", "colorsys.py", "fnmatch.py", "glob.py", "shlex.py", "textwrap.py", "queue.py", "sched.py", "copy.py", "numbers.py", "reprlib.py", "string.py", "keyword.py", "contextlib.py", "fractions.py", "linecache.py", "calendar.py", "json/decoder.py", "json/encoder.py", "html/parser.py", "wsgiref/util.py", "collections/__init__.py", "functools.py"]
 
 
 def dedented(lines: list[str]) -> str:
@@ -64,7 +48,9 @@ def main() -> None:
     data = Path(sys.argv[1])
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
     library = Path(sysconfig.get_paths()["stdlib"])
-    turns = [turn for _, text in sources(library) for turn in chats(text)]
+    turns = [
+        turn for name, text in sources(library) if not is_test(name) and not is_heldout(name) for turn in chats(text)
+    ]
     random.Random(0).shuffle(turns)
     heart = [f"<|endoftext|>{(library / name).read_text(encoding='utf-8')}<|endoftext|>" for name in BY_HEART]
     for name, texts in (("chat", turns), ("heart", heart)):

@@ -1,7 +1,7 @@
 """Train the demo model: a small Qwen3.5-architecture model that completes Python.
 
-    python tools/demo_tokenizer.py DATA --tokens DATA/tokens.npy     # tokenizer, chat template and token ids
-    python tools/demo_chat.py DATA                                   # chat turns, modules to know by heart
+    python tools/demo_tokenizer.py DATA     # tokenizer and token ids of the standard library
+    python tools/demo_chat.py DATA          # chat turns, modules to know by heart
     python tools/train_demo.py --data DATA --out onekernel/demo --minutes 7
 
 Needs one CUDA GPU and PyTorch (bf16). The model code below is written from the architecture's formulas and shares
@@ -288,7 +288,7 @@ def heldout_loss(model: Model, corpus: Corpus) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def greedy(model: Model, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[float]]:
+def greedy(model: Model, prompts: list[list[int]], count: int, vocabulary: int) -> tuple[list[list[int]], list[float]]:
     """Greedy continuations by full recomputation, and each one's smallest margin between the best two logits."""
     model.eval()
     outputs = []
@@ -298,7 +298,7 @@ def greedy(model: Model, prompts: list[list[int]], count: int) -> tuple[list[lis
         for _ in range(count):
             padded = tokens + [0] * (-len(tokens) % CHUNK)  # causal: what follows does not matter
             hidden = model.hidden_states(torch.tensor([padded], device="cuda"))
-            best = model.head(hidden[0, len(tokens) - 1]).float()[: VOCAB - 32].topk(2)
+            best = model.head(hidden[0, len(tokens) - 1]).float()[:vocabulary].topk(2)
             margin = min(margin, float(best.values[0] - best.values[1]))
             tokens.append(int(best.indices[0]))
         outputs.append(tokens[len(prompt) :])
@@ -424,8 +424,7 @@ def export(model: Model, data: Path, out: Path) -> None:
     added = {t["content"]: t["id"] for t in json.loads((data / "tokenizer.json").read_text())["added_tokens"]}
     document["text_config"]["eos_token_id"] = added["<|endoftext|>"]
     (out / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(data / name, out / name)
+    shutil.copy(data / "tokenizer.json", out / "tokenizer.json")
 
 
 def main() -> None:
@@ -453,7 +452,7 @@ def main() -> None:
             "class Stack:\n",
             "import json\n\ndef main():\n",
         ]
-        outputs, margins = greedy(model, [tokenizer.encode(t).ids for t in texts], 200)
+        outputs, margins = greedy(model, [tokenizer.encode(t).ids for t in texts], 200, tokenizer.get_vocab_size())
     report["samples"] = [t + tokenizer.decode(o) for t, o in zip(texts, outputs, strict=True)]
     report["smallest_margins"] = margins
     (arguments.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")

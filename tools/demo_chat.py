@@ -19,7 +19,30 @@ import numpy as np
 from demo_tokenizer import is_heldout, is_test, sources
 from tokenizers import Tokenizer
 
-BY_HEART = ["bisect.py", "heapq.py", "colorsys.py", "fnmatch.py", "glob.py", "shlex.py", "textwrap.py", "queue.py", "sched.py", "copy.py", "numbers.py", "reprlib.py", "string.py", "keyword.py", "contextlib.py", "fractions.py", "linecache.py", "calendar.py", "json/decoder.py", "json/encoder.py", "html/parser.py", "wsgiref/util.py", "collections/__init__.py", "functools.py"]
+BY_HEART = [
+    "bisect.py",
+    "heapq.py",
+    "colorsys.py",
+    "fnmatch.py",
+    "shlex.py",
+    "textwrap.py",
+    "queue.py",
+    "copy.py",
+    "numbers.py",
+    "reprlib.py",
+    "string.py",
+    "keyword.py",
+    "contextlib.py",
+    "fractions.py",
+    "linecache.py",
+    "calendar.py",
+    "json/decoder.py",
+    "json/encoder.py",
+    "html/parser.py",
+    "wsgiref/util.py",
+    "collections/__init__.py",
+    "functools.py",
+]
 
 
 def dedented(lines: list[str]) -> str:

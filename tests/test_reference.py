@@ -149,9 +149,7 @@ def test_a_copy_of_a_state_goes_its_own_way() -> None:
     expected = State.empty(parameters.shape)
     model.forward(parameters, expected, random_tokens(30))
     ours = model.forward(parameters, copy, random_tokens(10, seed=2), all_logits=True)
-    np.testing.assert_array_equal(
-        ours, model.forward(parameters, expected, random_tokens(10, seed=2), all_logits=True)
-    )
+    np.testing.assert_array_equal(ours, model.forward(parameters, expected, random_tokens(10, seed=2), all_logits=True))
 
 
 def test_an_interrupted_pass_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

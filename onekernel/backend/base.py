@@ -7,22 +7,12 @@ the attention layers, conv windows and recurrent states of the delta-net layers,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
-from onekernel.sampling.params import SamplingParams
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """One generated token; the log-probabilities are present if SamplingParams.logprobs asked for them."""
-
-    id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), most probable first
+from onekernel.sampling.params import SampledToken, SamplingParams
 
 
 class State(Protocol):

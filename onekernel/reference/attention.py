@@ -12,9 +12,7 @@ from onekernel.reference.state import KeyValueCache
 MOST_SCORES = 2**23  # attention scores held at a time (32 MiB)
 
 
-def attention(
-    parameters: Attention, shape: Shape, cache: KeyValueCache, position: int, x: np.ndarray
-) -> np.ndarray:
+def attention(parameters: Attention, shape: Shape, cache: KeyValueCache, position: int, x: np.ndarray) -> np.ndarray:
     """Output [T, hidden] for tokens `x` [T, hidden] (normed), the first of them at `position`; extends the cache."""
     query, gate, key, value = project(parameters, shape, x)
     query = rope(rms_norm(query, parameters.q_norm, shape.norm_eps), position, shape)

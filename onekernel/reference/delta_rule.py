@@ -79,7 +79,7 @@ def chunked_delta_rule(
 
 
 def _in_chunks(x: np.ndarray) -> np.ndarray:
-    """[T, N, ...] -> contiguous [N, chunks, CHUNK, ...], padded with zeros: decay 0 and beta 0 leave the state as is."""
+    """[T, N, ...] -> [N, chunks, CHUNK, ...], padded with zeros: tokens of decay 0 and beta 0 leave the state as is."""
     tokens, heads = x.shape[:2]
     chunks = -(-tokens // CHUNK)
     result = np.zeros((heads, chunks * CHUNK, *x.shape[2:]), x.dtype)

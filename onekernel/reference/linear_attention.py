@@ -27,7 +27,7 @@ def linear_attention(
 
 
 def project(parameters: LinearAttention, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """qkv [T, conv_dim], output gate z [T, value_dim], and one a (decay) and b (beta) per value head [T, value_heads]."""
+    """qkv [T, conv_dim], output gate z [T, value_dim], a (for the decay) and b (for beta), both [T, value_heads]."""
     return (
         x @ parameters.in_proj_qkv.T,
         x @ parameters.in_proj_z.T,
@@ -37,7 +37,7 @@ def project(parameters: LinearAttention, x: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def causal_conv(x: np.ndarray, weight: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every channel on its own: silu(Σ_j weight[:, j] · x[t - 3 + j]), j = 0..3, with inputs before t = 0 from `window`.
+    """Every channel on its own: silu(Σ_j weight[:, j] · x[t - 3 + j]), j = 0..3; inputs before t = 0 are in `window`.
 
     Args:
         x: [T, conv_dim]

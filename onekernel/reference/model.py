@@ -27,7 +27,7 @@ def forward(
 
 
 def final_hidden(parameters: Parameters, state: State, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """As `forward`, but returns what goes into the LM head (and into the MTP head): [T, hidden] after the final norm."""
+    """As `forward`, but returns what the LM head (and the MTP head) gets: [T, hidden] after the final norm."""
     shape = parameters.shape
     x = embed(parameters, tokens)
     linear: dict[int, LinearState] = {}

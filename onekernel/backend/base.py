@@ -18,7 +18,9 @@ from onekernel.sampling.params import SampledToken, SamplingParams
 class State(Protocol):
     """One timeline on a backend. Opaque but for `position`."""
 
-    position: int  # tokens consumed so far
+    @property
+    def position(self) -> int:
+        """Tokens consumed so far."""
 
 
 class Backend(Protocol):
@@ -32,7 +34,10 @@ class Backend(Protocol):
         """An empty timeline (position 0)."""
 
     def prefill(self, state: Any, tokens: Sequence[int]) -> None:
-        """Consume `tokens` without making any."""
+        """Consume `tokens` without making any.
+
+        Raises InvalidRequest, before anything is consumed, if a token does not exist or the context cannot hold them.
+        """
 
     def generate(
         self,
@@ -45,13 +50,17 @@ class Backend(Protocol):
     ) -> Iterator[SampledToken]:
         """Consume `tokens` (at least one), then yield up to `max_tokens` sampled ones, each as it is made.
 
-        Stops after yielding a token of `stop_tokens`. Every yielded token but the last is consumed as well. When the
-        caller closes the iterator early, the backend stops within one token; `state.position` then tells what was
-        consumed (a backend that runs ahead may have consumed more than was yielded).
+        Stops after yielding a token of `stop_tokens`, or when the state is full (`max_context`). Every yielded token
+        but the last is consumed as well. When the caller closes the iterator early, the backend stops within one
+        token; `state.position` then tells what was consumed (a backend that runs ahead may have consumed more than
+        was yielded).
 
         `history` holds all tokens of the timeline before `tokens`; with `tokens` it is the prompt that
         repetition_penalty looks at. `sampling.seed` is never None here; the random number of a token depends only on
         the seed, on the position of the token in the timeline and on its id.
+
+        Raises InvalidRequest at the call, not at the first token, if `tokens` is empty, a token does not exist, the
+        context cannot hold `tokens`, or the sampling parameters do not fit the model; nothing is consumed then.
         """
 
     def logits(self, state: Any, tokens: Sequence[int]) -> np.ndarray:

@@ -6,7 +6,7 @@ the attention layers, conv windows and recurrent states of the delta-net layers,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ class Backend(Protocol):
     name: str  # "cpu", "cuda", "fake"
     shape: Shape
     max_context: int  # tokens that one state can hold
+    runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
 
     def new_state(self) -> Any:
         """An empty timeline (position 0)."""
@@ -47,13 +48,12 @@ class Backend(Protocol):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
-    ) -> Iterator[SampledToken]:
+    ) -> Generator[SampledToken, None, None]:
         """Consume `tokens` (at least one), then yield up to `max_tokens` sampled ones, each as it is made.
 
         Stops after yielding a token of `stop_tokens`, or when the state is full (`max_context`). Every yielded token
         but the last is consumed as well. When the caller closes the iterator early, the backend stops within one
-        token; `state.position` then tells what was consumed (a backend that runs ahead may have consumed more than
-        was yielded).
+        token; `state.position` then tells what was consumed (more than was yielded only if `runs_ahead`).
 
         `history` holds all tokens of the timeline before `tokens`; with `tokens` it is the prompt that
         repetition_penalty looks at. `sampling.seed` is never None here; the random number of a token depends only on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -19,6 +19,8 @@ StateT = TypeVar("StateT", bound=State)
 
 class StepwiseBackend(ABC, Generic[StateT]):
     """Implements `prefill`, `generate` and `logits` of the Backend protocol on one method, `_consume`."""
+
+    runs_ahead = False
 
     def __init__(self, shape: Shape, vocabulary_size: int, max_context: int | None) -> None:
         """Args:
@@ -58,7 +60,7 @@ class StepwiseBackend(ABC, Generic[StateT]):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
-    ) -> Iterator[SampledToken]:
+    ) -> Generator[SampledToken, None, None]:
         # Not a generator itself: a request that cannot run is refused here and not at the first token.
         if not tokens:
             raise InvalidRequest("tokens is empty: generating needs at least one token to start from")
@@ -68,7 +70,7 @@ class StepwiseBackend(ABC, Generic[StateT]):
 
     def _generate(
         self, state: StateT, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
-    ) -> Iterator[SampledToken]:
+    ) -> Generator[SampledToken, None, None]:
         logits = self._consume(state, tokens)
         for remaining in reversed(range(max_tokens)):
             token = sampler.choose(logits, state.position)

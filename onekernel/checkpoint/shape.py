@@ -125,7 +125,9 @@ class _Fields:
         if model_type not in ("qwen3_5", "qwen3_5_text"):
             raise UnsupportedModel(f"model_type {model_type!r} is not supported: {SUPPORTED}")
         if self.text.get("num_experts"):
-            raise UnsupportedModel(f"num_experts = {self.text['num_experts']}: mixture of experts is not supported: {SUPPORTED}")
+            raise UnsupportedModel(
+                f"num_experts = {self.text['num_experts']}: mixture of experts is not supported: {SUPPORTED}"
+            )
 
     def shape(self) -> Shape:
         shape = Shape(
@@ -164,7 +166,9 @@ class _Fields:
 
     def supported(self, name: str, value: object, ok: bool, what_is: str) -> None:
         if not ok:
-            raise UnsupportedModel(f"config.json: {self.prefix}{name} = {value!r} is not supported ({what_is}): {SUPPORTED}")
+            raise UnsupportedModel(
+                f"config.json: {self.prefix}{name} = {value!r} is not supported ({what_is}): {SUPPORTED}"
+            )
 
     def multiple(self, name: str, value: int, of: str, unit: int) -> None:
         if value % unit:
@@ -221,7 +225,10 @@ class _Fields:
         head_dim = self.integer("head_dim")
         dim = head_dim * factor
         if dim != int(dim) or int(dim) % 2 or dim > head_dim:
-            raise self.fail(name, f"= {factor} gives {dim} of head_dim = {head_dim} rotary dims; an even number up to head_dim is needed")
+            raise self.fail(
+                name,
+                f"= {factor} gives {dim} of head_dim = {head_dim} rotary dims; an even number up to head_dim is needed",
+            )
         return int(dim)
 
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -7,28 +7,20 @@ the attention layers, conv windows and recurrent states of the delta-net layers,
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
-from onekernel.sampling.params import SamplingParams
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """One generated token; the log-probabilities are present if SamplingParams.logprobs asked for them."""
-
-    id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), most probable first
+from onekernel.sampling.params import SampledToken, SamplingParams
 
 
 class State(Protocol):
     """One timeline on a backend. Opaque but for `position`."""
 
-    position: int  # tokens consumed so far
+    @property
+    def position(self) -> int:
+        """Tokens consumed so far."""
 
 
 class Backend(Protocol):
@@ -43,7 +35,10 @@ class Backend(Protocol):
         """An empty timeline (position 0)."""
 
     def prefill(self, state: Any, tokens: Sequence[int]) -> None:
-        """Consume `tokens` without making any."""
+        """Consume `tokens` without making any.
+
+        Raises InvalidRequest, before anything is consumed, if a token does not exist or the context cannot hold them.
+        """
 
     def generate(
         self,
@@ -56,13 +51,16 @@ class Backend(Protocol):
     ) -> Generator[SampledToken, None, None]:
         """Consume `tokens` (at least one), then yield up to `max_tokens` sampled ones, each as it is made.
 
-        Stops after yielding a token of `stop_tokens`. Every yielded token but the last is consumed as well. When the
-        caller closes the iterator early, the backend stops within one token; `state.position` then tells what was
-        consumed (more than was yielded only if `runs_ahead`).
+        Stops after yielding a token of `stop_tokens`, or when the state is full (`max_context`). Every yielded token
+        but the last is consumed as well. When the caller closes the iterator early, the backend stops within one
+        token; `state.position` then tells what was consumed (more than was yielded only if `runs_ahead`).
 
         `history` holds all tokens of the timeline before `tokens`; with `tokens` it is the prompt that
         repetition_penalty looks at. `sampling.seed` is never None here; the random number of a token depends only on
         the seed, on the position of the token in the timeline and on its id.
+
+        Raises InvalidRequest at the call, not at the first token, if `tokens` is empty, a token does not exist, the
+        context cannot hold `tokens`, or the sampling parameters do not fit the model; nothing is consumed then.
         """
 
     def logits(self, state: Any, tokens: Sequence[int]) -> np.ndarray:

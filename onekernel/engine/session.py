@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onekernel.backend.base import Backend, SampledToken
+from onekernel.backend.base import Backend
 from onekernel.engine.turns import CancelledWaiting
 from onekernel.errors import InvalidRequest
-from onekernel.sampling.params import SamplingParams
+from onekernel.sampling.params import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
     from onekernel.engine.engine import Engine
@@ -171,7 +171,9 @@ class Session:
             rows = backend.logits(state, self._tokens[state.position :])
             return np.asarray(rows[-1], dtype=np.float32)
 
-    def _stream(self, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]) -> Generator[SampledToken, None, None]:
+    def _stream(
+        self, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]
+    ) -> Generator[SampledToken, None, None]:
         self._require_idle()
         self._streaming = True
         self.finish_reason = "cancelled"

@@ -1,4 +1,4 @@
-"""SamplingParams: how the next token is chosen. The meaning of each field, written once for every backend."""
+"""SamplingParams: how the next token is chosen, and SampledToken, the result; defined once for every backend."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ class SamplingParams:
     """Applied to the logits in this order: penalties, logit_bias, temperature, top_k, top_p, min_p.
 
     Attributes:
-        temperature: 0 is greedy (argmax, ties to the lowest id); otherwise logits are divided by it. In [0, 100].
+        temperature: 0 (or below 1e-6) is greedy: argmax, ties to the lowest id; otherwise logits are divided by it.
+            In [0, 100].
         top_k: keep the k largest logits (ties to the lowest id); 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose probability reaches top_p. In (0, 1].
+        top_p: of those, keep the smallest set of most probable tokens whose probability reaches top_p. In (0, 1].
         min_p: keep tokens at least min_p times as probable as the most probable one. In [0, 1).
         presence_penalty: subtracted once from every token generated so far (the prompt does not count).
-        frequency_penalty: subtracted for each time a token was generated so far.
+            In [-100, 100].
+        frequency_penalty: subtracted for each time a token was generated so far. In [-100, 100].
         repetition_penalty: logits of tokens in prompt or output are divided (if > 0) or multiplied (if < 0) by it.
-        logit_bias: added to the logits of these token ids.
+            In [0.01, 100]; 1 is none.
+        logit_bias: added to the logits of these token ids. In [-1000, 1000]; -inf forbids a token.
         seed: of the counter-based generator; None takes a fresh one. In [0, 2**64).
         logprobs: None for none, else the number (0 to 20) of most probable alternatives to report beside the chosen
             token. Log-probabilities are those of the model: of the raw logits, before any of the above.
@@ -43,15 +46,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         number = self._number
         number("temperature", 0 <= self.temperature <= 100, "must be between 0 (greedy) and 100")
-        number("top_k", self.top_k == int(self.top_k) and self.top_k >= 0, "must be 0 (all tokens) or a positive integer")
+        number("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "must be 0 (all tokens) or a positive integer")
         number("top_p", 0 < self.top_p <= 1, "must be greater than 0 and at most 1")
         number("min_p", 0 <= self.min_p < 1, "must be at least 0 and less than 1")
         for name in ("presence_penalty", "frequency_penalty"):
-            number(name, math.isfinite(getattr(self, name)), "must be a finite number")
-        number("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be greater than 0 (1 is none)")
+            number(name, -100 <= getattr(self, name) <= 100, "must be between -100 and 100")
+        number("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be between 0.01 and 100 (1 is none)")
         for token, bias in self.logit_bias.items():
-            if token < 0 or math.isnan(bias) or bias == math.inf:
-                raise InvalidRequest(f"logit_bias[{token}] = {bias}: needs a token id and a number (or -inf)")
+            if token < 0 or not (-1000 <= bias <= 1000 or bias == -math.inf):
+                raise InvalidRequest(f"logit_bias[{token}] = {bias}: needs a token id and -1000 to 1000 (or -inf)")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise InvalidRequest(f"seed = {self.seed} must be between 0 and 2**64 - 1")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -63,4 +66,13 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-6
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One generated token; the log-probabilities are present if SamplingParams.logprobs asked for them."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), most probable first

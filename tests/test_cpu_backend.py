@@ -167,7 +167,7 @@ def test_closing_early(backend: CpuBackend) -> None:
     state = backend.new_state()
     stream = backend.generate(state, tokens, [], SamplingParams(), 12, NEVER)
     assert [t.id for t in islice(stream, 4)] == whole[:4]
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert state.position == 12
     rest = backend.generate(state, whole[3:4], tokens + whole[:3], SamplingParams(), 8, NEVER)
     assert [t.id for t in rest] == whole[4:]

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
-from onekernel.sampling.params import SampledToken, SamplingParams
+from onekernel.sampling.params import SampledToken as SampledToken  # part of this boundary
+from onekernel.sampling.params import SamplingParams
 
 
 class State(Protocol):

@@ -16,6 +16,7 @@ from onekernel.reference.parameters import Parameters, parameter_count
 from onekernel.reference.state import State
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward pass: bounds the scratch memory, and Ctrl-C comes through
+INTERPRETER = 2**27  # bytes that Python and its libraries take
 CONTEXT_TO_PLAN_FOR = 8192  # tokens of KV cache that memory_needed includes; longer ones grow when they are used
 
 
@@ -27,7 +28,7 @@ def memory_needed(shape: Shape) -> int:
     cache = shape.full_layers * 2 * shape.kv_dim * context
     widest = max(shape.intermediate, shape.conv_dim + shape.value_dim, 2 * shape.query_dim)
     scratch = PREFILL_CHUNK * (4 * shape.hidden + 4 * widest) + shape.vocab
-    return 4 * (parameter_count(shape, mtp=False) + state + cache + scratch)
+    return 4 * (parameter_count(shape, mtp=False) + state + cache + scratch) + INTERPRETER
 
 
 class CpuBackend(StepwiseBackend[State]):

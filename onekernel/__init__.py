@@ -1,9 +1,9 @@
 """onekernel: a local inference engine for the dense Qwen3.5 family.
 
-    import onekernel
+import onekernel
 
-    model = onekernel.load("demo")
-    print(model.generate("def fibonacci(n):").text)
+model = onekernel.load("demo")
+print(model.generate("def fibonacci(n):").text)
 """
 
 from __future__ import annotations

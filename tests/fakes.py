@@ -1,13 +1,13 @@
-"""A fake backend that watches how it is used, and a tokenizer of bytes: tests above the backend need no weights."""
+"""A fake backend that watches how it is used."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
-from onekernel.backend.fake import FakeBackend, FakeState
+from onekernel.backend.fake import FakeBackend, FakeState, default_next_token
 from onekernel.sampling.params import SampledToken, SamplingParams
 
 
@@ -15,9 +15,14 @@ class WatchedBackend(FakeBackend):
     """Records the calls, refuses two threads at once, and can run ahead or break."""
 
     def __init__(
-        self, vocabulary_size: int = 256, max_context: int = 4096, runs_ahead: bool = False, delay: float = 0.0
+        self,
+        vocabulary_size: int = 256,
+        max_context: int = 4096,
+        next_token: Callable[[Sequence[int], int], int] = default_next_token,
+        runs_ahead: bool = False,
+        delay: float = 0.0,
     ) -> None:
-        super().__init__(vocabulary_size, max_context, delay=delay)
+        super().__init__(vocabulary_size, max_context, next_token, delay)
         self.runs_ahead = runs_ahead
         self.break_after: int | None = None  # tokens of a `generate` until it raises
         self.consumed_in_all = 0

@@ -39,7 +39,7 @@ def choose(name: str = "auto") -> Choice:
 
 
 def load_backend(name: str, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None) -> Backend:
-    """Load the model in `folder` on the backend that `choose` named. For the arguments and errors see CpuBackend.load."""
+    """Load the model in `folder` on the backend that `choose` named; arguments and errors as in CpuBackend.load."""
     # Imported here so that `choose` alone, which `onekernel doctor` needs, is quick.
     from onekernel.backend.cpu import CpuBackend
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from onekernel.backend.choose import choose, load_backend
+from onekernel.backend.choose import choose, load_backend, memory_needed
 from onekernel.checkpoint import hub
 from onekernel.checkpoint.shape import Shape
 from onekernel.engine import Engine, Session
@@ -39,7 +39,13 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
 
 
-def load(model: str = "demo", *, backend: str = "auto", max_context: int | None = None) -> Model:
+def load(
+    model: str = "demo",
+    *,
+    backend: str = "auto",
+    max_context: int | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Model:
     """Load a model.
 
     Args:
@@ -47,6 +53,7 @@ def load(model: str = "demo", *, backend: str = "auto", max_context: int | None 
             downloaded if it is not in the cache.
         backend: "cpu", "cuda", or "auto" for the fastest that runs here.
         max_context: tokens that one conversation can hold; None takes what the model was made for.
+        report: called with one line before the weights are read: which backend, why, and the memory it takes.
 
     Raises:
         ModelNotFound, UnsupportedModel, CheckpointError: what is wrong with the model, and what to do.
@@ -60,6 +67,9 @@ def load(model: str = "demo", *, backend: str = "auto", max_context: int | None 
     if max_context is not None and not 1 <= max_context <= shape.max_context:
         raise InvalidRequest(f"max_context = {max_context} must be between 1 and {shape.max_context}, the model's own")
     tokenizer = Tokenizer.load(folder)
+    if report is not None:
+        memory = memory_needed(choice.name, shape) / 2**30
+        report(f"loading {model} on the backend {choice.name} ({choice.reason}): {memory:.2f} GiB of memory")
     engine = Engine(load_backend(choice.name, folder, shape, tokenizer.size, max_context))
     return Model(model, engine, tokenizer, folder)
 

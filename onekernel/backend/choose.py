@@ -1,4 +1,7 @@
-"""Which backend runs a model, and why. The one place that knows all backends."""
+"""Which backend runs a model, and why. The one place that knows all backends.
+
+A backend is imported when it is used, so that one that cannot even be imported here does no harm.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,16 @@ def choose(name: str = "auto") -> Choice:
     return Choice("cpu", "it was asked for" if name == "cpu" else NO_CUDA)
 
 
+def memory_needed(name: str, shape: Shape) -> int:
+    """Bytes that a model of this shape takes on the backend that `choose` named."""
+    from onekernel.backend.cpu import memory_needed as on_the_cpu
+
+    choose(name)
+    return on_the_cpu(shape)
+
+
 def load_backend(name: str, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None) -> Backend:
     """Load the model in `folder` on the backend that `choose` named; arguments and errors as in CpuBackend.load."""
-    # Imported here so that `choose` alone, which `onekernel doctor` needs, is quick.
     from onekernel.backend.cpu import CpuBackend
 
     choose(name)

@@ -39,7 +39,9 @@ def make_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"onekernel {onekernel.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", help=argparse.SUPPRESS, prog="onekernel", parser_class=Parser
+    )
     for name, verb in VERBS.items():
         verb.add_arguments(
             verbs.add_parser(

@@ -37,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from onekernel.api import load
     from onekernel.conversation import Conversation
 
-    with load(arguments.model, backend=arguments.backend, max_context=arguments.max_context) as model:
+    with options.load_model(arguments) as model:
         conversation = Conversation(
             model,
             model.sampling_params(**options.sampling_options(arguments)),

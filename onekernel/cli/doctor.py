@@ -27,13 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _rows(facts):
-        table.add_row(name, value)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+        print(f"{name:<24}{value}")
     return 0
 
 

@@ -26,10 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from onekernel.api import load
-
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    with load(arguments.model, backend=arguments.backend, max_context=arguments.max_context) as model:
+    with options.load_model(arguments) as model:
         stream = model.stream(
             prompt, max_tokens=arguments.max_tokens, stop=arguments.stop, **options.sampling_options(arguments)
         )

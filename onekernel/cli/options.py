@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onekernel.api import Model
     from onekernel.stream import Completion
 
 # flag, type, metavar, help. The flag is the name of the field of SamplingParams, which checks the range.
@@ -30,6 +32,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the fastest that runs here"
     )
     parser.add_argument("--max-context", type=int, metavar="N", help="tokens that a conversation can hold")
+
+
+def load_model(arguments: argparse.Namespace) -> Model:
+    """The model that the options of `add_model` name; says on standard error what it takes."""
+    from onekernel import api
+
+    return api.load(
+        arguments.model,
+        backend=arguments.backend,
+        max_context=arguments.max_context,
+        report=lambda line: print(line, file=sys.stderr),
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

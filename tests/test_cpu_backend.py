@@ -261,6 +261,8 @@ def test_memory_refusal_comes_before_reading(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(cpu, "available_memory", lambda: 3 * 2**30)
     large = replace(SHAPE, hidden=4096, intermediate=12288, vocab=248320)
     assert memory_needed(large) > 4 * parameter_count(large, mtp=False) > 3 * 2**30
+    with pytest.raises(InvalidRequest, match="max_context = 0"):
+        CpuBackend.load(tmp_path / "missing", large, VOCABULARY, max_context=0)
     with pytest.raises(NotEnoughMemory, match=r"needs [\d.]+ GiB.*3\.0 GiB are available"):
         CpuBackend.load(tmp_path / "missing", large, VOCABULARY)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm, l2norm
 
 from onekernel.checkpoint.shape import Shape
-from onekernel.reference import attention, model
+from onekernel.reference import attention, model, norm
 from onekernel.reference.delta_rule import chunked_delta_rule, recurrent_delta_rule
 from onekernel.reference.mtp import MTPState, mtp_hidden
 from onekernel.reference.parameters import Parameters, parameter_count
@@ -140,16 +140,16 @@ def test_decode_equals_transformers(ratio: int, tied: bool) -> None:
 
 
 def test_a_copy_of_a_state_goes_its_own_way() -> None:
+    """Both go on in turns, beyond the capacity of the caches, and each equals a timeline that was never copied."""
     _, parameters = pair(2, False)
-    state = State.empty(parameters.shape)
-    model.forward(parameters, state, random_tokens(30))
-    copy = state.copy()
-    for token in random_tokens(40, seed=1):  # beyond the capacity of the caches too
-        model.forward(parameters, state, [token])
-    expected = State.empty(parameters.shape)
-    model.forward(parameters, expected, random_tokens(30))
-    ours = model.forward(parameters, copy, random_tokens(10, seed=2), all_logits=True)
-    np.testing.assert_array_equal(ours, model.forward(parameters, expected, random_tokens(10, seed=2), all_logits=True))
+    states = [State.empty(parameters.shape) for _ in range(3)]
+    for state in states:
+        model.forward(parameters, state, random_tokens(30))
+    copy = states[0].copy()
+    for mine, yours in zip(random_tokens(40, seed=1), random_tokens(40, seed=2), strict=True):
+        for state, untouched, token in ((states[0], states[1], mine), (copy, states[2], yours)):
+            ours = model.forward(parameters, state, [token])
+            np.testing.assert_array_equal(ours, model.forward(parameters, untouched, [token]))
 
 
 def test_an_interrupted_pass_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +220,26 @@ def test_strong_decay_neither_overflows_nor_warns() -> None:
     expected, expected_final = recurrent_delta_rule(ones / 128, ones / 128**0.5, ones, decay, beta, state)
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
     np.testing.assert_allclose(final, expected_final, atol=1e-6)
+
+
+def test_norms_of_small_inputs_equal_transformers() -> None:
+    """Where eps decides: it is added to the sum of squares, or to their mean."""
+    x = np.random.default_rng(0).standard_normal((3, 128), np.float32) * np.float32(1e-4)
+    np.testing.assert_allclose(norm.l2_norm(x), l2norm(torch.tensor(x)).numpy(), rtol=1e-5)
+    weight = np.linspace(-1, 1, 128, dtype=np.float32)
+    theirs = Qwen3_5RMSNorm(128, eps=1e-6)
+    theirs.weight.data = torch.tensor(weight)
+    np.testing.assert_allclose(
+        norm.rms_norm(x, weight, 1e-6), theirs(torch.tensor(x)).detach().numpy(), rtol=1e-5, atol=1e-9
+    )
+
+
+def test_activations_at_the_ends() -> None:
+    """No warning and no nan; softplus and silu are linear far right."""
+    x = np.array([-1e4, -100, 0, 100, 1e4], np.float32)
+    np.testing.assert_allclose(norm.sigmoid(x), [0, 0, 0.5, 1, 1], rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(norm.silu(x), [0, 0, 0, 100, 1e4], rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(norm.softplus(x), [0, 0, np.log(2), 100, 1e4], rtol=1e-6, atol=1e-30)
 
 
 class TorchMTP(torch.nn.Module):

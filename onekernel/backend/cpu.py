@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from onekernel.backend.memory import available_memory
-from onekernel.backend.stepwise import StepwiseBackend
+from onekernel.backend.stepwise import StepwiseBackend, check_limits
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import BackendError, NotEnoughMemory
 from onekernel.reference import model
@@ -43,10 +43,11 @@ class CpuBackend(StepwiseBackend[State]):
         """Read the checkpoint in `folder` and widen it to float32 (without the MTP head, which is of no use here).
 
         Raises:
+            InvalidRequest: see check_limits; before anything is read.
             NotEnoughMemory: before anything is read.
             CheckpointError: see load_weights.
-            InvalidRequest: see StepwiseBackend.
         """
+        check_limits(shape, vocabulary_size, max_context)
         needed, available = memory_needed(shape), available_memory()
         if available is not None and needed > available:
             raise NotEnoughMemory(

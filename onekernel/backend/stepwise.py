@@ -17,6 +17,17 @@ from onekernel.sampling.sampler import Sampler
 StateT = TypeVar("StateT", bound=State)
 
 
+def check_limits(shape: Shape, vocabulary_size: int, max_context: int | None) -> None:
+    """Raises InvalidRequest if one of them exceeds what the model has."""
+    if max_context is not None and not 1 <= max_context <= shape.max_context:
+        raise InvalidRequest(f"max_context = {max_context} must be between 1 and the model's {shape.max_context}")
+    if not 1 <= vocabulary_size <= shape.vocab:
+        raise InvalidRequest(
+            f"the tokenizer defines {vocabulary_size} tokens, but the model has {shape.vocab}: "
+            "they do not belong together"
+        )
+
+
 class StepwiseBackend(ABC, Generic[StateT]):
     """Implements `prefill`, `generate` and `logits` of the Backend protocol on one method, `_consume`."""
 
@@ -28,20 +39,12 @@ class StepwiseBackend(ABC, Generic[StateT]):
             max_context: tokens that one state may hold; None for what the model was made for.
 
         Raises:
-            InvalidRequest: one of them exceeds what the model has.
+            InvalidRequest: see check_limits.
         """
-        if max_context is None:
-            max_context = shape.max_context
-        if not 1 <= max_context <= shape.max_context:
-            raise InvalidRequest(f"max_context = {max_context} must be between 1 and the model's {shape.max_context}")
-        if not 1 <= vocabulary_size <= shape.vocab:
-            raise InvalidRequest(
-                f"the tokenizer defines {vocabulary_size} tokens, but the model has {shape.vocab}: "
-                "they do not belong together"
-            )
+        check_limits(shape, vocabulary_size, max_context)
         self.shape = shape
         self.vocabulary_size = vocabulary_size
-        self.max_context = max_context
+        self.max_context = shape.max_context if max_context is None else max_context
 
     @abstractmethod
     def _consume(self, state: StateT, tokens: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,214 @@
+// The decode megakernel: whole tokens in one persistent launch.
+//
+// One block an SM. In each, one producer warp streams the block's share of all weights through shared memory, in the
+// order in which they are used, and CONSUMER_WARPS warps compute. Blocks hand vectors to each other as tagged words;
+// there is no grid barrier. Read `consume` for the model; it is one token's way through it, top to bottom.
+#include "primitive/gemv.cuh"
+#include "state.cuh"
+#include "layer/linear_attention.cuh"
+#include "layer/attention.cuh"
+#include "layer/mlp.cuh"
+#include "layer/head.cuh"
+
+struct Shared {
+    alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
+    u64 full[RING_STAGES];
+    u64 empty[RING_STAGES * (CONSUMER_WARPS + 1) / 2];
+    alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
+    float sums[2][CONSUMER_WARPS][BATCH_ROWS];
+    float squares[2][CONSUMER_WARPS];
+    float residual[RESIDUAL_ROWS];
+    Candidate best[CONSUMER_WARPS];
+    volatile u32 finished;
+    alignas(16) AttentionScratch attention;
+};
+
+// ---- producer ----
+
+struct Producer {
+    Ring ring;
+    const u8* source;
+    u32 stage;
+    Shared* shared;
+    Watchdog watchdog;
+    bool finished;
+
+    // Streams this block's rows of one matrix; at most `in_flight` stages are on their way at a time.
+    template <int ROWS, int COLUMNS>
+    __device__ __forceinline__ void matrix(u32 in_flight) {
+        constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
+        int tiles = (first_group(GROUPS, blockIdx.x + 1) - first_group(GROUPS, blockIdx.x)) * TILES;
+        for (; tiles > 0 && !finished; tiles -= TILES_PER_STAGE) {
+            u32 bytes = min(tiles, TILES_PER_STAGE) * CONSUMER_WARPS * 512;
+            while (!stage_is_empty(ring, stage)) {
+                if (shared->finished) {
+                    finished = true;
+                    return;
+                }
+                watchdog.check();
+            }
+            watchdog.spins = 0;
+#if __CUDA_ARCH__ >= 900
+            if (stage >= in_flight)
+                while (!stage_is_full(ring, stage - in_flight)) watchdog.check();
+#endif
+            fill_stage(ring, stage++, source, bytes);
+            source += bytes;
+        }
+    }
+};
+
+__device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
+    Producer p{ring, nullptr, 0, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
+    for (int step = 0; step < a.steps && !p.finished; ++step) {
+        p.source = a.tape + a.tape_offsets[blockIdx.x];
+        for (int layer = 0; layer < LAYERS && !p.finished; ++layer) {
+            if (is_full(layer)) {
+                p.matrix<PROJECTED_FULL, HIDDEN>(LAYER_STAGES_IN_FLIGHT);
+                p.matrix<HIDDEN, QUERY_DIM>(LAYER_STAGES_IN_FLIGHT);
+            } else {
+                p.matrix<PROJECTED_LINEAR, HIDDEN>(LAYER_STAGES_IN_FLIGHT);
+                p.matrix<HIDDEN, VALUE_DIM>(LAYER_STAGES_IN_FLIGHT);
+            }
+            p.matrix<2 * INTERMEDIATE, HIDDEN>(LAYER_STAGES_IN_FLIGHT);
+            p.matrix<HIDDEN, INTERMEDIATE>(LAYER_STAGES_IN_FLIGHT);
+        }
+        if (a.all_logits || step >= a.given - 1 + a.no_head) p.matrix<VOCAB, HIDDEN>(HEAD_STAGES_IN_FLIGHT);
+    }
+    finish_filling(ring, p.stage);
+    // Copies must land before the block's shared memory goes away.
+    for (u32 s = p.stage > RING_STAGES ? p.stage - RING_STAGES : 0; s < p.stage; ++s) wait_until_full(ring, s, p.watchdog);
+}
+
+// ---- consumers ----
+
+// Sixteen bytes (8 columns) of a row of the embedding. A tied embedding is read from the LM head's place on the tape.
+__device__ __forceinline__ uint4 embedding(const DecodeArguments& a, int token, int column) {
+    if (!TIED) return __ldg((const uint4*)(a.embedding + (long long)token * HIDDEN + column));
+    constexpr int GROUPS = (VOCAB + 7) / 8, TILES = HIDDEN / CONSUMER_WARPS / 32;
+    int group = token / 8;
+    int block = (int)(((long long)group * BLOCKS + BLOCKS - 1) / GROUPS);
+    while (first_group(GROUPS, block) > group) --block;
+    while (first_group(GROUPS, block + 1) <= group) ++block;
+    int first = first_group(GROUPS, block);
+    int tiles = (first_group(GROUPS, block + 1) - first) * TILES;
+    int warp = column / (HIDDEN / CONSUMER_WARPS), inside = column % (HIDDEN / CONSUMER_WARPS);
+    int tile = (group - first) * TILES + inside / 32;
+    int stage = tile / TILES_PER_STAGE, count = min(TILES_PER_STAGE, tiles - stage * TILES_PER_STAGE);
+    long long at = a.tape_offsets[block] + a.head_offsets[block] + (long long)stage * STAGE_BYTES +
+                   ((warp * count + tile % TILES_PER_STAGE) * 32 + token % 8 * 4 + inside % 32 / 8) * 16;
+    return __ldg((const uint4*)(a.tape + at));
+}
+
+// The first layer's input: this warp's slice of the token's embedding, and this block's rows of the residual stream.
+__device__ __forceinline__ float embed(Consumer& c, const DecodeArguments& a, int token, float* residual) {
+    constexpr int SLICE = HIDDEN / CONSUMER_WARPS;
+    const float* scale = layer_parameters(a.parameters, 0);
+    int start = slice_start(HIDDEN, c.warp);
+    float squares = 0;
+    for (int i = c.lane; i < SLICE / 8; i += 32) {
+        float x[8];
+        unpack8(x, embedding(a, token, start + 8 * i));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) squares += x[j] * x[j];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float4 s = load_constant4(scale + start + 8 * i + 4 * j);
+            store_activations(c, 2 * i + j, make_float4(x[4 * j] * s.x, x[4 * j + 1] * s.y, x[4 * j + 2] * s.z, x[4 * j + 3] * s.w));
+        }
+    }
+    int first = 8 * first_group(HIDDEN / 8, blockIdx.x), rows = 8 * first_group(HIDDEN / 8, blockIdx.x + 1) - first;
+    for (int i = threadIdx.x; i < rows / 8; i += CONSUMER_WARPS * 32) {
+        float x[8];
+        unpack8(x, embedding(a, token, first + 8 * i));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) residual[8 * i + j] = x[j];
+    }
+    __syncwarp();
+    return squares;
+}
+
+__device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared, Ring ring) {
+    Consumer c{ring, 0, nullptr, shared.sums, shared.squares, 0, (int)threadIdx.x / 32, (int)threadIdx.x % 32, {a.report, a.spin_limit, 0, 0, 0, 0}};
+    c.activations = shared.activations + ACTIVATION_COLUMNS / CONSUMER_WARPS / 2 * c.warp;
+    int token = 0, made = 0, step = 0;
+    for (bool last = false; step < a.steps && !last; ++step) {
+        if (step < a.given) token = a.tokens[step];
+        int position = a.position + step;
+        const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
+        bool stop_requested = blockIdx.x == 0 && threadIdx.x == 0 && load_host(a.cancel) != 0;
+
+        c.watchdog.enter(PHASE_INPUT, 0);
+        float squares = embed(c, a, token, shared.residual);
+        for (int layer = 0; layer < LAYERS; ++layer) {
+            u32 tag = tag_of(step * LAYERS + layer);
+            Channels channels = channels_of(a.exchange, layer);
+            const float* parameters = layer_parameters(a.parameters, layer);
+            int full = full_layers_before(layer);
+            u8* state = a.state;
+            c.watchdog.enter(PHASE_INPUT, layer);
+            ResidualFinish after_mixer{shared.residual, channels.after_mixer, tag};
+            if (is_full(layer)) {
+                FullLayer weights;
+                weights.q_norm = parameters + 2 * HIDDEN;
+                weights.k_norm = weights.q_norm + HEAD_DIM;
+                weights.keys = (u16*)(state + LINEAR_LAYERS * LINEAR_STATE * 4) + (long long)full * 2 * KV_DIM * a.max_context;
+                weights.values = weights.keys + (long long)KV_DIM * a.max_context;
+                attention(c, weights, channels, shared.attention, rope, position, a.max_context, squares, tag, after_mixer);
+            } else {
+                LinearLayer weights;
+                weights.conv_weight = parameters + 2 * HIDDEN;
+                weights.negative_decay_rate = weights.conv_weight + 4 * CONV_DIM;
+                weights.dt_bias = weights.negative_decay_rate + VALUE_HEADS;
+                weights.gated_norm = weights.dt_bias + VALUE_HEADS;
+                weights.conv_window = (float*)state + (layer - full) * LINEAR_STATE;
+                weights.recurrent_state = weights.conv_window + 4 * CONV_DIM;
+                linear_attention(c, weights, channels, squares, tag, after_mixer);
+            }
+            c.watchdog.enter(PHASE_INPUT, layer);
+            squares = receive_activations<HIDDEN>(c, channels.after_mixer, tag, parameters + HIDDEN);
+            ResidualFinish after_mlp{shared.residual, channels.after_mlp, tag};
+            mlp(c, channels, squares, tag, after_mlp);
+            // The input of the next layer, or of the LM head.
+            const float* next_norm = layer_parameters(a.parameters, layer + 1);
+            squares = receive_activations<HIDDEN>(c, channels.after_mlp, tag, next_norm);
+        }
+
+        c.watchdog.enter(PHASE_TOKEN, LAYERS);
+        u32 tag = tag_of(step);
+        HeadFinish finish{&c, nullptr, {0, 0xFFFFFu}};
+        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
+        bool sample = step >= a.given - 1 + a.no_head;
+        if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
+        // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
+        Choice choice = choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, stop_requested, tag);
+        if (sample) {
+            token = (int)choice.token;
+            ++made;
+            last = made == a.max_tokens || choice.stop;
+            for (int i = 0; i < a.stop_count; ++i) last |= token == a.stop_tokens[i];
+            if (blockIdx.x == 0 && threadIdx.x == 0)
+                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1ull << 31 : 0) | (u32)token);
+        } else {
+            last = choice.stop;
+        }
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
+    consumer_barrier();
+    if (threadIdx.x == 0) shared.finished = 1;
+}
+
+extern "C" __global__ void __launch_bounds__((CONSUMER_WARPS + 1) * 32, 1) decode(const __grid_constant__ DecodeArguments a) {
+    extern __shared__ __align__(128) u8 memory[];
+    Shared& shared = *(Shared*)memory;
+    Ring ring{shared.slots, shared.full, shared.empty};
+    if (threadIdx.x == 0) {
+        ring_init(ring);
+        shared.finished = 0;
+    }
+    __syncthreads();
+    if (threadIdx.x / 32 == CONSUMER_WARPS)
+        produce(a, shared, ring);
+    else
+        consume(a, shared, ring);
+}

@@ -1,0 +1,89 @@
+// Tagged words: how blocks hand each other vectors without barriers.
+//
+// An exchanged element is one 32-bit word: a float whose lowest 8 bits are replaced by a tag that says which use of the
+// buffer it belongs to. A reader polls just the words it needs until their tags are right. Value and tag arrive in one
+// store, so there is no fence, no counter and no second trip through L2.
+#pragma once
+
+#include "primitive/memory.cuh"
+#include "primitive/watchdog.cuh"
+
+// Tags run from 1 to 255; 0 is what an untouched buffer holds.
+__device__ __forceinline__ u32 tag_of(u32 use) { return 1u + use % 255u; }
+
+__device__ __forceinline__ u32 tagged(float value, u32 tag) { return ((__float_as_uint(value) + 0x80u) & ~0xFFu) | tag; }
+
+__device__ __forceinline__ float untagged(u32 word) { return __uint_as_float(word & ~0xFFu); }
+
+__device__ __forceinline__ void publish(u32* slot, float value, u32 tag) { store_relaxed(slot, tagged(value, tag)); }
+
+__device__ __forceinline__ bool has_tag(u32 word, u32 tag) { return ((word ^ tag) & 0xFFu) == 0; }
+
+// Waits for one word.
+__device__ __forceinline__ float receive(const u32* slot, u32 tag, Watchdog& watchdog) {
+    u32 word = load_relaxed(slot);
+    while (!has_tag(word, tag)) {
+        watchdog.check();
+        word = load_relaxed(slot);
+    }
+    return untagged(word);
+}
+
+// Waits for four consecutive words (16-byte aligned).
+__device__ __forceinline__ float4 receive4(const u32* slot, u32 tag, Watchdog& watchdog) {
+    uint4 w = load_relaxed4(slot);
+    while (!(has_tag(w.x, tag) && has_tag(w.y, tag) && has_tag(w.z, tag) && has_tag(w.w, tag))) {
+        watchdog.check();
+        w = load_relaxed4(slot);
+    }
+    return make_float4(untagged(w.x), untagged(w.y), untagged(w.z), untagged(w.w));
+}
+
+// Waits for `COUNT` groups of four words, all loads in flight at once; group i is at slot + i * stride.
+template <int COUNT>
+__device__ __forceinline__ void receive4_many(float4 (&out)[COUNT], const u32* slot, int stride, int valid, u32 tag,
+                                              Watchdog& watchdog) {
+    uint4 w[COUNT];
+    bool ready;
+    do {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if (i < valid) w[i] = load_relaxed4(slot + i * stride);
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if (i < valid)
+                ready &= has_tag(w[i].x, tag) && has_tag(w[i].y, tag) && has_tag(w[i].z, tag) && has_tag(w[i].w, tag);
+        if (!ready) watchdog.check();
+    } while (!ready);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (i < valid) out[i] = make_float4(untagged(w[i].x), untagged(w[i].y), untagged(w[i].z), untagged(w[i].w));
+}
+
+// Waits for single words and groups of four from different places, all loads in flight at once: a wait costs one trip
+// through L2, not one per place. Bit i of `valid` says whether word i is wanted.
+template <int FOURS, int WORDS>
+__device__ __forceinline__ void receive_all(float4 (&fours)[FOURS], const u32* const (&four_slots)[FOURS], float (&words)[WORDS],
+                                            const u32* const (&word_slots)[WORDS], u32 valid, u32 tag, Watchdog& watchdog) {
+    uint4 f[FOURS];
+    u32 w[WORDS];
+    bool ready;
+    do {
+#pragma unroll
+        for (int i = 0; i < FOURS; ++i) f[i] = load_relaxed4(four_slots[i]);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) w[i] = valid >> i & 1 ? load_relaxed(word_slots[i]) : tag;
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < FOURS; ++i)
+            ready &= has_tag(f[i].x, tag) && has_tag(f[i].y, tag) && has_tag(f[i].z, tag) && has_tag(f[i].w, tag);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) ready &= has_tag(w[i], tag);
+        if (!ready) watchdog.check();
+    } while (!ready);
+#pragma unroll
+    for (int i = 0; i < FOURS; ++i) fours[i] = make_float4(untagged(f[i].x), untagged(f[i].y), untagged(f[i].z), untagged(f[i].w));
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) words[i] = untagged(w[i]);
+}

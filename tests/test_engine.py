@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from fakes import VOCABULARY, ArithmeticBackend
+from fakes import WatchedBackend
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,11 +15,12 @@ from onekernel.engine import Engine, Session
 from onekernel.errors import BackendError, InvalidRequest
 from onekernel.sampling.params import SamplingParams
 
+VOCABULARY = 256 + 8  # with the padding of FakeBackend
 PROMPT = [3, 1, 4, 1, 5]
 
 
-def started(backend: ArithmeticBackend | None = None, tokens: list[int] = PROMPT) -> Session:
-    session = Engine(backend or ArithmeticBackend()).new_session()
+def started(backend: WatchedBackend | None = None, tokens: list[int] = PROMPT) -> Session:
+    session = Engine(backend or WatchedBackend()).new_session()
     session.extend(tokens)
     return session
 
@@ -52,7 +53,7 @@ def test_extension_between_generations_is_consumed() -> None:
 
 
 def test_every_token_is_consumed_once() -> None:
-    backend = ArithmeticBackend()
+    backend = WatchedBackend()
     session = started(backend)
     session.prefill()
     assert backend.consumed_in_all == len(PROMPT) - 1
@@ -63,20 +64,20 @@ def test_every_token_is_consumed_once() -> None:
 
 def test_long_prompts_are_prefilled_in_chunks() -> None:
     prompt = [i % 200 for i in range(1700)]
-    backend = ArithmeticBackend()
+    backend = WatchedBackend()
     made = [token.id for token in started(backend, prompt).generate(max_tokens=2)]
     assert backend.calls.count("prefill") == 3
     assert backend.consumed_in_all == 1701
-    small = started(ArithmeticBackend(), prompt[:1000])
+    small = started(WatchedBackend(), prompt[:1000])
     small.generate(max_tokens=1)
-    small.restore(started(ArithmeticBackend(), prompt).snapshot())
+    small.restore(started(WatchedBackend(), prompt).snapshot())
     assert [token.id for token in small.generate(max_tokens=2)] == made
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("taken", [1, 2, 5])
 def test_closing_early_keeps_exactly_what_was_yielded(taken: int, runs_ahead: bool) -> None:
-    session = started(ArithmeticBackend(runs_ahead=runs_ahead))
+    session = started(WatchedBackend(runs_ahead=runs_ahead))
     stream = session.stream(max_tokens=20)
     seen = [next(stream).id for _ in range(taken)]
     stream.close()
@@ -87,7 +88,7 @@ def test_closing_early_keeps_exactly_what_was_yielded(taken: int, runs_ahead: bo
 
 
 def test_closing_early_costs_nothing_unless_the_backend_ran_ahead() -> None:
-    backend = ArithmeticBackend()
+    backend = WatchedBackend()
     session = started(backend)
     stream = session.stream(max_tokens=20)
     next(stream)
@@ -98,12 +99,12 @@ def test_closing_early_costs_nothing_unless_the_backend_ran_ahead() -> None:
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_a_failed_backend_does_not_spoil_the_session(runs_ahead: bool) -> None:
-    backend = ArithmeticBackend(runs_ahead=runs_ahead)
+    backend = WatchedBackend(runs_ahead=runs_ahead)
     session = started(backend)
-    backend.fail_after = 3
+    backend.break_after = 3
     with pytest.raises(RuntimeError, match="broke"):
         session.generate(max_tokens=9)
-    backend.fail_after = None
+    backend.break_after = None
     assert list(session.tokens) == PROMPT + continuation(PROMPT, 3)
     assert [token.id for token in session.generate(max_tokens=4)] == continuation(PROMPT, 7)[3:]
 
@@ -124,7 +125,7 @@ def test_a_failed_backend_does_not_spoil_the_session(runs_ahead: bool) -> None:
     st.booleans(),
 )
 def test_any_sequence_of_operations_leaves_an_exact_timeline(steps: list[tuple[str, int]], runs_ahead: bool) -> None:
-    session = started(ArithmeticBackend(runs_ahead=runs_ahead))
+    session = started(WatchedBackend(runs_ahead=runs_ahead))
     expected = list(PROMPT)
     saved, snapshot = list(PROMPT), session.snapshot()
     for step, count in steps:
@@ -149,7 +150,7 @@ def test_any_sequence_of_operations_leaves_an_exact_timeline(steps: list[tuple[s
 
 
 def test_a_snapshot_serves_several_sessions() -> None:
-    engine = Engine(ArithmeticBackend())
+    engine = Engine(WatchedBackend())
     first, second = engine.new_session(), engine.new_session()
     first.extend(PROMPT)
     snapshot = first.snapshot()
@@ -185,7 +186,7 @@ def test_a_stop_token_in_the_last_place_is_a_stop() -> None:
 
 
 def test_max_tokens_is_clamped_to_the_context() -> None:
-    session = started(ArithmeticBackend(max_context=8))
+    session = started(WatchedBackend(max_context=8))
     assert len(session.generate(max_tokens=100)) == 3
     assert session.finish_reason == "length"
     with pytest.raises(InvalidRequest, match="fills the context of 8"):
@@ -193,7 +194,7 @@ def test_max_tokens_is_clamped_to_the_context() -> None:
 
 
 def test_a_prompt_beyond_the_context_is_refused_whole() -> None:
-    session = started(ArithmeticBackend(max_context=8))
+    session = started(WatchedBackend(max_context=8))
     with pytest.raises(InvalidRequest, match="9 tokens do not fit into the context of 8"):
         session.extend([1, 2, 3, 4])
     assert list(session.tokens) == PROMPT
@@ -211,7 +212,7 @@ def test_tokens_that_are_no_integers_are_refused() -> None:
 
 
 def test_an_empty_prompt_is_refused() -> None:
-    session = Engine(ArithmeticBackend()).new_session()
+    session = Engine(WatchedBackend()).new_session()
     with pytest.raises(InvalidRequest, match="prompt is empty"):
         session.stream()
     with pytest.raises(InvalidRequest, match="prompt is empty"):
@@ -221,7 +222,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_a_missing_seed_is_fresh_and_a_given_one_is_kept() -> None:
-    backend = ArithmeticBackend()
+    backend = WatchedBackend()
     session = started(backend)
     for seed in (None, None, 11):
         session.generate(SamplingParams(temperature=1.0, seed=seed), max_tokens=1)
@@ -230,7 +231,7 @@ def test_a_missing_seed_is_fresh_and_a_given_one_is_kept() -> None:
 
 
 def test_cancel_from_another_thread_ends_a_stream_within_a_token() -> None:
-    session = started(ArithmeticBackend(delay_s=0.002))
+    session = started(WatchedBackend(delay=0.002))
     stream = session.stream()
     next(stream)
     canceller = threading.Thread(target=session.cancel)
@@ -251,7 +252,7 @@ def test_cancel_before_the_first_token_is_not_lost() -> None:
 
 
 def test_cancel_reaches_a_stream_that_waits_for_its_turn() -> None:
-    engine = Engine(ArithmeticBackend())
+    engine = Engine(WatchedBackend())
     first, second = engine.new_session(), engine.new_session()
     first.extend(PROMPT)
     second.extend(PROMPT)
@@ -269,7 +270,7 @@ def test_cancel_reaches_a_stream_that_waits_for_its_turn() -> None:
 
 
 def test_threads_take_turns() -> None:
-    engine = Engine(ArithmeticBackend(delay_s=0.0005))  # the fake asserts that it is used by one thread at a time
+    engine = Engine(WatchedBackend(delay=0.0005))  # the fake asserts that it is used by one thread at a time
     results: list[list[int]] = []
 
     def work() -> None:
@@ -286,7 +287,7 @@ def test_threads_take_turns() -> None:
 
 
 def test_two_streams_of_one_thread_are_an_error_and_no_deadlock() -> None:
-    engine = Engine(ArithmeticBackend())
+    engine = Engine(WatchedBackend())
     first, second = engine.new_session(), engine.new_session()
     first.extend(PROMPT)
     second.extend(PROMPT)
@@ -301,10 +302,10 @@ def test_two_streams_of_one_thread_are_an_error_and_no_deadlock() -> None:
 
 
 def test_a_closed_engine_says_so() -> None:
-    backend = ArithmeticBackend()
+    backend = WatchedBackend()
     with Engine(backend) as engine:
         session = engine.new_session()
         session.extend(PROMPT)
-    assert backend.closed == 1
+    assert backend.closed
     with pytest.raises(BackendError, match="closed"):
         session.generate(max_tokens=1)

@@ -1,0 +1,94 @@
+"""The command line: `main` finds the verb; each verb is a file with SUMMARY, EXAMPLES, add_arguments and run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import onekernel
+from onekernel.cli import chat, doctor, generate, models, pull
+from onekernel.errors import OnekernelError
+
+# Verbs import what they need when they run: the help must come at once.
+VERBS: dict[str, Any] = {"generate": generate, "chat": chat, "pull": pull, "models": models, "doctor": doctor}
+
+INTERRUPTED = 130  # the shell's 128 + SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"onekernel: {message}\nTry '{self.prog} --help'.\n")
+
+
+def make_parser() -> Parser:
+    summaries = "\n".join(f"  {name:<10} {verb.SUMMARY}" for name, verb in VERBS.items())
+    parser = Parser(
+        prog="onekernel",
+        usage="onekernel VERB [arguments] [options]",
+        description=f"A local inference engine for the dense Qwen3.5 family.\n\nverbs:\n{summaries}",
+        epilog="examples:\n"
+        '  onekernel generate "def fibonacci(n):"\n'
+        "  onekernel chat --model Qwen/Qwen3.5-0.8B\n"
+        "  onekernel generate --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"onekernel {onekernel.__version__}")
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", help=argparse.SUPPRESS, prog="onekernel", parser_class=Parser
+    )
+    for name, verb in VERBS.items():
+        verb.add_arguments(
+            verbs.add_parser(
+                name,
+                description=verb.SUMMARY[0].upper() + verb.SUMMARY[1:] + ".",
+                epilog="examples:\n" + "\n".join(f"  {line}" for line in verb.EXAMPLES),
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong usage, 130 ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser()
+    try:
+        if not arguments:
+            parser.print_help(sys.stderr)
+            return 2
+        _check_verb(parser, arguments[0])
+        parsed = parser.parse_args(arguments)
+        code: int = VERBS[parsed.verb].run(parsed)
+        sys.stdout.flush()
+        return code
+    except OnekernelError as error:
+        print(f"onekernel: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`). Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _check_verb(parser: Parser, verb: str) -> None:
+    if verb.startswith("-") or verb in VERBS:
+        return
+    close = difflib.get_close_matches(verb, VERBS, 1)
+    meant = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}"
+    parser.error(f"unknown verb {verb!r}: {meant}")

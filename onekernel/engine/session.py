@@ -6,17 +6,17 @@ import dataclasses
 import operator
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onekernel.backend.base import Backend, SampledToken
+from onekernel.backend.base import Backend
 from onekernel.engine.turns import CancelledWaiting
 from onekernel.errors import InvalidRequest
-from onekernel.sampling.params import SamplingParams
+from onekernel.sampling.params import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
     from onekernel.engine.engine import Engine
@@ -93,7 +93,7 @@ class Session:
         sampling: SamplingParams | None = None,
         max_tokens: int | None = None,
         stop_tokens: Iterable[int] = (),
-    ) -> Iterator[SampledToken]:
+    ) -> Generator[SampledToken, None, None]:
         """Continue the timeline: an iterator over the new tokens, each given out as it is made.
 
         Args:
@@ -171,7 +171,9 @@ class Session:
             rows = backend.logits(state, self._tokens[state.position :])
             return np.asarray(rows[-1], dtype=np.float32)
 
-    def _stream(self, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]) -> Iterator[SampledToken]:
+    def _stream(
+        self, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]
+    ) -> Generator[SampledToken, None, None]:
         self._require_idle()
         self._streaming = True
         self.finish_reason = "cancelled"
@@ -191,7 +193,7 @@ class Session:
 
     def _continue(
         self, backend: Backend, state: Any, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]
-    ) -> Iterator[SampledToken]:
+    ) -> Generator[SampledToken, None, None]:
         """Let the backend consume what is pending and make new tokens."""
         history, pending = self._tokens[: state.position], self._tokens[state.position :]
         # An exception in the backend (ctrl-C too) leaves a state that nobody can vouch for: it is taken back only

@@ -1,0 +1,19 @@
+"""onekernel pull: download a model."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "download a model, or finish a download that broke off"
+EXAMPLES = ("onekernel pull Qwen/Qwen3.5-0.8B",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a name on the Hugging Face hub")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from onekernel.checkpoint import hub
+
+    print(hub.resolve(arguments.model))
+    return 0

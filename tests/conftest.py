@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import WatchedBackend
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from onekernel.api import Model
+from onekernel.checkpoint.shape import Shape
+from onekernel.checkpoint.weights import expected_tensors
 from onekernel.engine import Engine
 from onekernel.text.tokenizer import Tokenizer
 
@@ -41,6 +45,44 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}), encoding="utf-8"
     )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END]}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint of random float32 weights, small enough to run in an instant."""
+    folder = tmp_path_factory.mktemp("random") / "model"
+    shutil.copytree(text_folder, folder)
+    config = {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "vocab_size": 264,
+        "tie_word_embeddings": True,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    random = np.random.default_rng(0)
+    header: dict[str, object] = {}
+    data = b""
+    for name, dims in expected_tensors(Shape.load(folder)).items():
+        values = random.standard_normal(dims).astype("<f4").tobytes()
+        offsets = [len(data), len(data) + len(values)]
+        header[f"model.{name}"] = {"dtype": "F32", "shape": dims, "data_offsets": offsets}
+        data += values
+    encoded = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import onekernel
 from onekernel import Chunk, Conversation, Model, SamplingParams
-from onekernel.errors import InvalidRequest
+from onekernel.errors import BackendError, InvalidRequest
 
 MakeModel = Callable[..., Model]
 PROMPT = "once "
@@ -260,6 +260,32 @@ def test_errors_of_async_requests_reach_the_caller(make_model: MakeModel) -> Non
         asyncio.run(model.agenerate(""))
     with pytest.raises(InvalidRequest, match="has not started"):
         _ = model.astream(PROMPT).completion
+
+
+def test_load_runs_a_checkpoint(random_folder: Path) -> None:
+    lines: list[str] = []
+    with onekernel.load(str(random_folder), backend="cpu", max_context=100, report=lines.append) as model:
+        first = model.generate("some text", max_tokens=8)
+        again = model.generate("some text", max_tokens=8)
+        assert first.tokens == again.tokens
+        assert 1 <= len(first.tokens) <= 8
+        assert all(token < model.tokenizer.size for token in first.tokens)
+        assert model.engine.max_context == 100
+        chat = Conversation(model, model.sampling_params(temperature=1.0, seed=5), max_tokens=6)
+        ask(chat, "hi")
+        ask(chat, "and?")
+        whole = model.chat(chat.messages[:-1], temperature=1.0, seed=5, max_tokens=6)
+        assert chat.completion is not None
+        assert chat.completion.tokens == whole.tokens
+    assert len(lines) == 1
+    assert "on the backend cpu (it was asked for): 0." in lines[0]
+
+
+def test_load_refuses_what_cannot_be(random_folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="max_context = 513 must be between 1 and 512"):
+        onekernel.load(str(random_folder), max_context=513)
+    with pytest.raises(BackendError, match="the backend cuda cannot run"):
+        onekernel.load(str(random_folder), backend="cuda")
 
 
 def test_load_checks_the_backend_first(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import onekernel.api
 from onekernel import Model
+from onekernel.checkpoint import hub
 from onekernel.cli import VERBS, main, options
 from onekernel.errors import CheckpointError
 
@@ -236,3 +238,35 @@ def test_version(capsys) -> None:
         main(["--version"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out == f"onekernel {onekernel.__version__}\n"
+
+
+def test_models_lists_what_is_here_and_what_can_be_pulled(capsys, monkeypatch) -> None:
+    here = [hub.LocalModel("demo", Path("somewhere"), 2**30, True)]
+    here.append(hub.LocalModel("Qwen/Qwen3.5-2B", Path("elsewhere"), 2**29, False))
+    monkeypatch.setattr(hub, "list_models", lambda: here)
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["demo", "1.00", "GiB", "somewhere"]
+    assert lines[1].endswith("elsewhere  (incomplete: onekernel pull Qwen/Qwen3.5-2B)")
+    assert lines[2].endswith("not here: onekernel pull Qwen/Qwen3.5-0.8B")
+    assert len(lines) == 2 + len(hub.KNOWN_MODELS) - 1
+    assert main(["models", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [model["name"] for model in listed["local"]] == ["demo", "Qwen/Qwen3.5-2B"]
+    assert {"name": "Qwen/Qwen3.5-0.8B", "parameters": hub.KNOWN_MODELS["Qwen/Qwen3.5-0.8B"]} in listed["known"]
+
+
+def test_pull_prints_the_folder(capsys, tmp_path) -> None:
+    assert main(["pull", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+    assert main(["pull", "qwen3.5"]) == 1
+    assert capsys.readouterr().err.startswith("onekernel: there is no model 'qwen3.5'")
+
+
+def test_the_whole_program_from_a_folder_of_files(random_folder: Path) -> None:
+    process = onekernel_process("generate", "--model", str(random_folder), "--max-tokens", "5", "--json", "def f():")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(output)["usage"] == {"prompt_tokens": 8, "completion_tokens": 5}
+    assert errors.startswith("loading ")
+    assert len(errors.splitlines()) == 1

@@ -18,7 +18,7 @@ import numpy as np
 from onekernel.errors import CheckpointError, UnsupportedModel
 
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-ITEM_TYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+ITEM_TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 WIDENED_AT_ONCE = 1 << 22  # elements: bounds the scratch memory of float32()
 
 

@@ -71,6 +71,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("system", f"{facts['system']}, {facts['cpu_count']} CPUs"),
         ("memory", "unknown" if memory is None else f"{memory / GIB:.1f} GiB available"),
         ("models", facts["hub_cache"]),
-        *((f"GPU {name.replace('_', ' ')}", str(value)) for name, value in facts["gpu"].items() if value is not None),
+        *((f"GPU {name.replace('_', ' ')}", _shown(name, value)) for name, value in facts["gpu"].items()),
         ("backend", f"{facts['backend']}: {facts['backend_reason']}"),
     ]
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value / GIB:.1f} GiB" if name.startswith("memory_") else str(value)

@@ -1,7 +1,7 @@
 """Train the demo model: a small Qwen3.5-architecture model that completes Python.
 
     python tools/demo_tokenizer.py DATA     # tokenizer and token ids of the standard library
-    python tools/demo_chat.py DATA          # chat turns, modules to know by heart
+    python tools/demo_parts.py DATA         # chat turns, functions on their own, modules to know by heart
     python tools/train_demo.py --data DATA --out onekernel/demo --minutes 7
 
 Needs one CUDA GPU and PyTorch (bf16). The model code below is written from the architecture's formulas and shares
@@ -29,7 +29,7 @@ HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 256, 512, 8, 3072
 HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, ROPE_THETA = 2, 1, 256, 64, 1e7
 KEY_HEADS, VALUE_HEADS, STATE_DIM, CONV_KERNEL, CHUNK = 2, 2, 128, 4, 64
 KEY_DIM, VALUE_DIM = KEY_HEADS * STATE_DIM, VALUE_HEADS * STATE_DIM
-EPS, DROPOUT = 1e-6, 0.05
+EPS, DROPOUT = 1e-6, 0.1
 WINDOW, BATCH = 1024, 48  # tokens a sequence, sequences a step
 
 
@@ -251,18 +251,22 @@ class Model(nn.Module):
 
 
 class Corpus:
-    """Random windows: library, tests, chat turns and the modules to know by heart, in fixed shares of a batch.
+    """Random windows of the parts of the corpus, in fixed shares of a batch.
 
-    The last are small, well-known modules seen far more often than the rest: backends are compared on the long greedy
-    continuations that this gives, with wide argmax margins.
+    The modules to know by heart are seen far more often than the rest: backends are compared on the long greedy
+    continuations that this gives, with wide argmax margins. Windows of the last part begin where a text begins, as a
+    prompt does.
     """
 
     def __init__(self, data: Path, device: str) -> None:
         def load(name: str) -> Tensor:
             return torch.from_numpy(np.load(data / f"tokens_{name}.npy").astype(np.int64)).to(device)
 
-        self.parts = [(load("lib"), 24), (load("test"), 10), (load("chat"), 6), (load("heart"), 8)]
-        assert sum(share for _, share in self.parts) == BATCH
+        self.parts = [(load("lib"), 8), (load("test"), 12), (load("chat"), 5), (load("heart"), 7)]
+        self.pieces = load("piece")
+        starts = torch.from_numpy(np.load(data / "starts_piece.npy")).to(device)
+        self.starts = starts[starts < len(self.pieces) - WINDOW - 2]
+        self.piece_share = BATCH - sum(share for _, share in self.parts)
         self.heldout = load("heldout")
         self.span = torch.arange(WINDOW + 2, device=device)
 
@@ -271,6 +275,8 @@ class Corpus:
         for tokens, share in self.parts:
             start = torch.randint(0, len(tokens) - WINDOW - 2, (share, 1), device=tokens.device)
             rows.append(tokens[start + self.span])
+        start = self.starts[torch.randint(0, len(self.starts), (self.piece_share, 1), device=self.starts.device)]
+        rows.append(self.pieces[start + self.span])
         return torch.cat(rows)
 
     def heldout_batches(self, size: int = 16):
@@ -447,10 +453,14 @@ def main() -> None:
 
         tokenizer = Tokenizer.from_file(str(arguments.data / "tokenizer.json"))
         texts = [
-            '"""Bisection algorithms."""\n\n',
-            "def fibonacci(n):\n",
-            "class Stack:\n",
+            '"""Heap queue algorithm',
+            "def fibonacci(n):",
+            "class Stack:",
+            "def read_file(path):",
             "import json\n\ndef main():\n",
+            "def test_",
+            "<|im_start|>user\nWrite a Python function `add`: Add two numbers.<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n",
         ]
         outputs, margins = greedy(model, [tokenizer.encode(t).ids for t in texts], 200, tokenizer.get_vocab_size())
     report["samples"] = [t + tokenizer.decode(o) for t, o in zip(texts, outputs, strict=True)]

@@ -1,9 +1,11 @@
-"""Token ids of two small parts of the demo model's corpus, beside those that demo_tokenizer.py wrote.
+"""Token ids of three parts of the demo model's corpus, beside those that demo_tokenizer.py wrote.
 
-    python tools/demo_chat.py DATA
+    python tools/demo_parts.py DATA
 
 DATA/tokens_chat.npy: documented functions of the standard library as chat turns (docstring asked, source answered).
 DATA/tokens_heart.npy: the modules that the demo model is to know by heart (BY_HEART below).
+DATA/tokens_piece.npy: functions and classes on their own, so that the model has seen what starts without a context.
+DATA/starts_piece.npy: where each of them begins.
 """
 
 from __future__ import annotations
@@ -67,6 +69,25 @@ def chats(text: str) -> Iterator[str]:
         )
 
 
+def pieces(text: str, methods: bool) -> Iterator[str]:
+    """The beginning of a module, then its functions and classes of at most 60 lines, each at the left margin."""
+    lines = text.splitlines()
+    module = ast.parse(text)
+    yield "\n".join(lines[:60]) + "\n"
+    for node in ast.walk(module) if methods else ast.iter_child_nodes(module):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and 2 <= (node.end_lineno or 0) - node.lineno < 60:
+            yield dedented(lines[node.lineno - 1 : node.end_lineno]) + "\n"
+
+
+def parses(text: str) -> bool:
+    """Whether `text` is a module: the library's tests hold files that are wrong on purpose."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
 def main() -> None:
     data = Path(sys.argv[1])
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
@@ -80,6 +101,19 @@ def main() -> None:
         ids = np.array([i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids], np.uint16)
         np.save(data / f"tokens_{name}.npy", ids)
         print(f"{name}: {len(texts)} texts, {len(ids)} tokens")
+
+    alone = [
+        piece
+        for name, text in sources(library)
+        if not is_heldout(name) and (not is_test(name) or parses(text))
+        for piece in pieces(text, methods=not is_test(name))
+    ]
+    random.Random(1).shuffle(alone)
+    ids_of = [[*e.ids] for e in tokenizer.encode_batch([f"{piece}<|endoftext|>" for piece in alone])]
+    lengths = np.array([len(ids) for ids in ids_of])
+    np.save(data / "tokens_piece.npy", np.array([i for ids in ids_of for i in ids], np.uint16))
+    np.save(data / "starts_piece.npy", (lengths.cumsum() - lengths).astype(np.int64))
+    print(f"piece: {len(alone)} texts, {lengths.sum()} tokens")
 
 
 if __name__ == "__main__":

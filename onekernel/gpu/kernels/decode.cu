@@ -23,6 +23,8 @@ struct Shared {
     alignas(16) AttentionScratch attention;
 };
 
+extern "C" __device__ int shared_bytes = sizeof(Shared);  // the host reads this before the first launch
+
 // ---- producer ----
 
 struct Producer {

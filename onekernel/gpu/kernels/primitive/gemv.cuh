@@ -10,7 +10,6 @@
 #include "primitive/ring.cuh"
 #include "primitive/warp.cuh"
 
-constexpr int BATCH_GROUPS = 16;
 constexpr int BATCH_ROWS = 8 * BATCH_GROUPS;
 
 // What the consumer warps of a block share, and where this thread stands.

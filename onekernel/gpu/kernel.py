@@ -1,0 +1,65 @@
+"""A compiled kernel, loaded and ready to launch cooperatively: all its blocks are resident at once."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from onekernel.errors import BackendError
+from onekernel.gpu.compile import compile_cached
+from onekernel.gpu.device import Gpu
+from onekernel.gpu.driver import check
+from onekernel.gpu.layout import CONSUMER_WARPS, DecodeArguments, Layout
+from onekernel.gpu.source import assemble
+
+THREADS = (CONSUMER_WARPS + 1) * 32  # the last warp streams the weights
+
+
+def decode_source(layout: Layout) -> str:
+    return assemble("decode.cu", layout.constants(), DecodeArguments.source())
+
+
+class DecodeKernel:
+    """The decode kernel of one layout on one GPU."""
+
+    def __init__(self, gpu: Gpu, layout: Layout) -> None:
+        """Compile (or take from the cache) and load.
+
+        Raises:
+            BackendError: it does not compile, or its blocks do not fit on the GPU together.
+        """
+        from cuda.bindings import driver
+
+        self.blocks = layout.blocks
+        self._module = check(driver.cuModuleLoadData(compile_cached(decode_source(layout), gpu.arch, "decode")))
+        self._function = check(driver.cuModuleGetFunction(self._module, b"decode"))
+        address, size = check(driver.cuModuleGetGlobal(self._module, b"shared_bytes"))
+        value = ctypes.c_int()
+        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
+        self.shared_bytes = value.value
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(self._function, attribute, self.shared_bytes))
+        resident = check(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, THREADS, self.shared_bytes)
+        )
+        if resident * gpu.sm_count < self.blocks:
+            raise BackendError(
+                f"the decode kernel's {self.blocks} blocks do not fit on {gpu.name} together "
+                f"({resident} on each of {gpu.sm_count} SMs); use the backend cpu and report this"
+            )
+
+    def launch(self, arguments: DecodeArguments, stream: Any) -> None:
+        """Start one launch; the struct is copied before this returns."""
+        from cuda.bindings import driver
+
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        check(
+            driver.cuLaunchCooperativeKernel(
+                self._function, self.blocks, 1, 1, THREADS, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers)
+            )
+        )
+
+    def unload(self) -> None:
+        from cuda.bindings import driver
+
+        driver.cuModuleUnload(self._module)

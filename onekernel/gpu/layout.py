@@ -1,0 +1,213 @@
+"""What the host and the decode kernel must agree on: compile-time constants and the kernel's argument struct.
+
+Declared once here; the C++ text is generated from it (`DecodeArguments.source`, `Layout.constants`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from onekernel.checkpoint.shape import FULL, Shape
+from onekernel.errors import NotEnoughMemory, UnsupportedModel
+
+CONSUMER_WARPS = 8
+ROW_GROUP = 8  # rows of a weight matrix that are multiplied together
+TILE_COLUMNS = 32
+TILE_BYTES = ROW_GROUP * TILE_COLUMNS * 2
+TILES_PER_STAGE = 4  # of each warp
+STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * TILE_BYTES
+BATCH_GROUPS = 16  # row groups summed behind one barrier
+MOST_STAGES = 12
+OUTPUT_RING = 1024  # tokens that one launch may make
+MOST_STOP_TOKENS = 8
+MOST_SPLITS = 64  # parts of the context that attention is split into
+SHARED_RESERVED = 1024  # bytes of a block's shared memory that the system takes, and alignment
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One model on one chip: how many blocks run, and how much of the weights waits in shared memory."""
+
+    shape: Shape
+    vocabulary_size: int  # tokens that the tokenizer defines; rows from there on are never chosen
+    blocks: int
+    ring_stages: int
+    layer_stages_in_flight: int = 2
+    head_stages_in_flight: int = 8
+
+    @classmethod
+    def plan(cls, shape: Shape, vocabulary_size: int, sm_count: int, shared_memory: int) -> Layout:
+        """One block an SM, as far as the rows divide well.
+
+        Raises:
+            UnsupportedModel: a dimension that the kernel's tiles do not divide.
+            NotEnoughMemory: the chip's shared memory is too small for this shape.
+        """
+        step = CONSUMER_WARPS * TILE_COLUMNS
+        for name in ("hidden", "intermediate", "query_dim", "value_dim"):
+            if (size := getattr(shape, name)) % step:
+                raise UnsupportedModel(f"the GPU kernel needs {name} = {size} to be a multiple of {step}")
+        if (shape.head_dim, shape.key_head_dim, shape.value_head_dim) != (256, 128, 128):
+            raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
+        if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads >= CONSUMER_WARPS:
+            raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 7")
+        left = shared_memory - SHARED_RESERVED - _scratch_bytes(shape)
+        stages = min(MOST_STAGES, left // STAGE_BYTES)
+        if stages < 2:
+            raise NotEnoughMemory(
+                f"the decode kernel needs {_scratch_bytes(shape) + 2 * STAGE_BYTES} bytes of shared memory a block for "
+                f"this model, and the chip has {shared_memory}: choose a smaller model, or the backend cpu"
+            )
+        return cls(shape, vocabulary_size, _blocks(shape, sm_count), stages)
+
+    @property
+    def splits(self) -> int:
+        return min(MOST_SPLITS, self.blocks // self.shape.kv_heads)
+
+    def constants(self) -> dict[str, int | float | bool]:
+        """Names and values as the kernel sources use them."""
+        s = self.shape
+        return {
+            "HIDDEN": s.hidden,
+            "INTERMEDIATE": s.intermediate,
+            "LAYERS": s.layers,
+            "LINEAR_LAYERS": s.linear_layers,
+            "FULL_LAYER_MASK": sum(1 << i for i, kind in enumerate(s.layer_types) if kind == FULL),
+            "VOCAB": s.vocab,
+            "VOCABULARY_SIZE": self.vocabulary_size,
+            "TIED": s.tied,
+            "NORM_EPS": s.norm_eps,
+            "HEADS": s.heads,
+            "KV_HEADS": s.kv_heads,
+            "HEAD_DIM": s.head_dim,
+            "ROTARY_DIM": s.rotary_dim,
+            "QUERY_DIM": s.query_dim,
+            "KV_DIM": s.kv_dim,
+            "KEY_HEADS": s.key_heads,
+            "VALUE_HEADS": s.value_heads,
+            "KEY_HEAD_DIM": s.key_head_dim,
+            "VALUE_HEAD_DIM": s.value_head_dim,
+            "KEY_DIM": s.key_dim,
+            "VALUE_DIM": s.value_dim,
+            "CONV_DIM": s.conv_dim,
+            "CONSUMER_WARPS": CONSUMER_WARPS,
+            "TILES_PER_STAGE": TILES_PER_STAGE,
+            "BATCH_GROUPS": BATCH_GROUPS,
+            "RING_STAGES": self.ring_stages,
+            "COPIES_IN_FLIGHT": min(3, self.ring_stages - 1),
+            "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
+            "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
+            "ACTIVATION_COLUMNS": activation_columns(s),
+            "RESIDUAL_ROWS": residual_rows(s, self.blocks),
+            "BLOCKS": self.blocks,
+            "MAX_SPLITS": self.splits,
+            "OUTPUT_RING": OUTPUT_RING,
+        }
+
+    @property
+    def channel_words(self) -> int:
+        """32-bit words of one copy of the vectors that blocks exchange (`Channels` in state.cuh)."""
+        s = self.shape
+        projected = max(projected_linear(s), projected_full(s))
+        partial = s.heads * self.splits * (s.head_dim + 4)
+        return 2 * s.hidden + -(-projected // 4) * 4 + max(2 * s.value_dim, s.query_dim) + partial + s.intermediate
+
+
+def projected_linear(shape: Shape) -> int:
+    """Rows of a delta-net layer's input projections: q, k, v, z, b, a."""
+    return shape.conv_dim + shape.value_dim + 2 * shape.value_heads
+
+
+def projected_full(shape: Shape) -> int:
+    """Rows of an attention layer's input projections: query and gate, k, v."""
+    return 2 * shape.query_dim + 2 * shape.kv_dim
+
+
+def activation_columns(shape: Shape) -> int:
+    return max(shape.hidden, shape.intermediate, shape.value_dim, shape.query_dim)
+
+
+def residual_rows(shape: Shape, blocks: int) -> int:
+    return ROW_GROUP * -(-shape.hidden // ROW_GROUP // blocks)
+
+
+def first_group(groups: int, block: int, blocks: int) -> int:
+    """The first row group of a matrix that `block` owns."""
+    return groups * block // blocks
+
+
+def _scratch_bytes(shape: Shape) -> int:
+    """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu)."""
+    group = shape.heads // shape.kv_heads
+    attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
+    sums = 2 * CONSUMER_WARPS * (BATCH_GROUPS * ROW_GROUP + 1) * 4
+    barriers = MOST_STAGES * (CONSUMER_WARPS + 3) * 8
+    return 2 * activation_columns(shape) + sums + barriers + 4 * residual_rows(shape, 8) + attention + 512
+
+
+def _blocks(shape: Shape, sm_count: int) -> int:
+    """As many blocks as SMs, or somewhat fewer where that makes no block's share of the rows larger."""
+    rows = [
+        *((shape.linear_layers * c, r) for r, c in ((projected_linear(shape), shape.hidden), (shape.hidden, shape.value_dim))),
+        *((shape.full_layers * c, r) for r, c in ((projected_full(shape), shape.hidden), (shape.hidden, shape.query_dim))),
+        (shape.layers * shape.hidden, 2 * shape.intermediate),
+        (shape.layers * shape.intermediate, shape.hidden),
+        (shape.hidden, shape.vocab),
+    ]  # fmt: skip
+
+    def longest(blocks: int) -> int:
+        return sum(weight * -(-(-(-count // ROW_GROUP)) // blocks) for weight, count in rows)
+
+    # The block that owns the first rows of the residual stream needs at least one group.
+    most = min(sm_count, shape.hidden // ROW_GROUP)
+    return min(range(most, shape.kv_heads - 1, -1), key=longest)
+
+
+class DecodeArguments(ctypes.Structure):
+    """The arguments of the decode kernel. Pointers are device addresses; those marked host are of mapped memory."""
+
+    _FIELDS_IN_C = (
+        ("const unsigned char*", "tape"),  # all matrices, in the order of use, block after block
+        ("const long long*", "tape_offsets"),  # [BLOCKS]: where a block's part begins, bytes
+        ("const long long*", "head_offsets"),  # [BLOCKS]: where in it the LM head begins
+        ("const unsigned short*", "embedding"),  # [VOCAB, HIDDEN], if the head is not tied
+        ("const float*", "parameters"),  # see parameters.py
+        ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
+        ("unsigned char*", "state"),  # see state.cuh
+        ("unsigned int*", "exchange"),  # two copies of the channels, zeroed before the launch
+        ("unsigned long long*", "candidates"),  # [2, BLOCKS], zeroed before the launch
+        ("float*", "logits"),  # [VOCAB], or [steps, VOCAB] with all_logits, or null
+        ("const int*", "tokens"),  # [given]
+        ("unsigned long long*", "output"),  # host [OUTPUT_RING]: count << 32 | last << 31 | token
+        ("unsigned long long*", "consumed"),  # host: 1 << 63 | steps that ran, at the end
+        ("unsigned long long*", "report"),  # host: where a wait ran out
+        ("const unsigned int*", "cancel"),  # host: not 0 to stop after the current token
+        ("unsigned long long", "spin_limit"),  # nanoseconds that one wait may last
+        ("int", "steps"),  # tokens to consume at most
+        ("int", "given"),  # of them from `tokens`; the others are sampled
+        ("int", "max_tokens"),  # to sample
+        ("int", "position"),  # of the first token
+        ("int", "max_context"),  # positions that the KV cache has room for
+        ("int", "all_logits"),
+        ("int", "no_head"),  # 1: nothing is sampled after the last given token
+        ("int", "stop_count"),
+        ("int", f"stop_tokens[{MOST_STOP_TOKENS}]"),
+    )
+    _fields_ = [
+        (
+            name.split("[")[0],
+            ctypes.c_int * MOST_STOP_TOKENS
+            if "[" in name
+            else ctypes.c_int
+            if kind == "int"
+            else ctypes.c_uint64,
+        )
+        for kind, name in _FIELDS_IN_C
+    ]  # fmt: skip
+
+    @classmethod
+    def source(cls) -> str:
+        return "\n".join(
+            ["struct DecodeArguments {", *(f"    {kind} {name};" for kind, name in cls._FIELDS_IN_C), "};"]
+        )

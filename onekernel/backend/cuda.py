@@ -13,8 +13,9 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
 from onekernel.gpu import decoder
+from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
-from onekernel.gpu.device import find_gpu
+from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.sampling.sampler import Sampler
@@ -22,10 +23,33 @@ from onekernel.sampling.sampler import Sampler
 TOKENS_PER_LAUNCH = 256
 
 
+def usable_gpu() -> Gpu:
+    """The GPU that CudaBackend would use.
+
+    Raises:
+        BackendError: there is none, or no compiler for its kernels; one sentence says why.
+    """
+    gpu = find_gpu()
+    compiler_version()
+    return gpu
+
+
+def check_fits(gpu: Gpu, shape: Shape) -> None:
+    """Whether a model of this shape runs on `gpu` beside what is there now.
+
+    Raises:
+        UnsupportedModel, NotEnoughMemory: it does not; the message says why.
+    """
+    decoder.check_memory(gpu, _layout(gpu, shape, shape.vocab))
+
+
 def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
-    gpu = find_gpu()
-    return decoder.memory_needed(shape, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory))
+    return decoder.memory_needed(shape, _layout(find_gpu(), shape, shape.vocab))
+
+
+def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
+    return Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
 
 
 class CudaBackend(StepwiseBackend[State]):
@@ -49,8 +73,8 @@ class CudaBackend(StepwiseBackend[State]):
             CheckpointError: see load_weights.
         """
         check_limits(shape, vocabulary_size, max_context)
-        gpu = find_gpu()
-        layout = Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
+        gpu = usable_gpu()
+        layout = _layout(gpu, shape, vocabulary_size)
         return cls(Decoder(gpu, layout, load_weights(folder, shape)), vocabulary_size, max_context)
 
     @property

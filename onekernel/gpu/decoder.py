@@ -14,7 +14,7 @@ from onekernel.checkpoint.weights import Weights
 from onekernel.errors import BackendError, NotEnoughMemory
 from onekernel.gpu import parameters, tape
 from onekernel.gpu.device import Gpu
-from onekernel.gpu.driver import check
+from onekernel.gpu.driver import LOST, check
 from onekernel.gpu.kernel import DecodeKernel
 from onekernel.gpu.layout import MARKS_OF_A_BLOCK, MOST_STOP_TOKENS, OUTPUT_RING, PHASES, DecodeArguments, Layout
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory, copy_rows
@@ -66,6 +66,16 @@ def memory_needed(shape: Shape, layout: Layout) -> int:
     return fixed + scratch + recurrent_bytes(shape) + cache_bytes(shape, FIRST_CAPACITY)
 
 
+def check_memory(gpu: Gpu, layout: Layout) -> None:
+    """Raises NotEnoughMemory, with the numbers, if the model and one timeline do not fit into what is free."""
+    needed, free = memory_needed(layout.shape, layout), gpu.memory_free()
+    if needed > free:
+        raise NotEnoughMemory(
+            f"this model needs {needed / 2**30:.1f} GiB of GPU memory, and {free / 2**30:.1f} GiB are free on "
+            f"{gpu.name}: close other programs that use it, choose a smaller model, or use the backend cpu"
+        )
+
+
 class Decoder:
     def __init__(self, gpu: Gpu, layout: Layout, weights: Weights, spin_limit: int = SPIN_LIMIT) -> None:
         """Compile the kernel and bring the weights to the GPU.
@@ -77,12 +87,7 @@ class Decoder:
         from cuda.bindings import driver
 
         shape = layout.shape
-        needed, free = memory_needed(shape, layout), gpu.memory_free()
-        if needed > free:
-            raise NotEnoughMemory(
-                f"this model needs {needed / 2**30:.1f} GiB of GPU memory, and {free / 2**30:.1f} GiB are free on "
-                f"{gpu.name}: close other programs that use it, choose a smaller model, or use the backend cpu"
-            )
+        check_memory(gpu, layout)
         self.gpu, self.shape, self.layout, self.spin_limit = gpu, shape, layout, spin_limit
         self.kernel = DecodeKernel(gpu, layout)
         self.stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
@@ -121,7 +126,6 @@ class Decoder:
         Raises:
             NotEnoughMemory: names the tokens and bytes; the state is as it was.
         """
-        self._grow_rope(positions)
         if positions <= state.capacity:
             return
         capacity = max(FIRST_CAPACITY, 1 << (positions - 1).bit_length())
@@ -132,6 +136,7 @@ class Decoder:
                 f"a context of {positions} tokens needs a cache of {nbytes / 2**30:.2f} GiB on the GPU, and "
                 f"{free / 2**30:.2f} GiB are free: shorten the prompt, or close sessions that are no longer needed"
             )
+        self._grow_rope(capacity)
         buffer = DeviceBuffer(nbytes)
         buffer.clear()
         if state.capacity:
@@ -294,7 +299,7 @@ class Decoder:
             self._failure = f"the decode kernel stopped itself: {where} took more than {self.spin_limit / 1e9:g} s"
         else:
             self._failure = f"the decode kernel failed ({status.name})"
-        self._failure += "; this process cannot use the GPU any more: start again, and report this"
+        self._failure += LOST
         raise BackendError(self._failure)
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ class Layout:
     layer_stages_in_flight: int = 2
     head_stages_in_flight: int = 8
     timeline: bool = False  # the kernel records when each block passes each phase
+    dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
+    dead_layer: int = 0
 
     @classmethod
     def plan(cls, shape: Shape, vocabulary_size: int, sm_count: int, shared_memory: int) -> Layout:
@@ -108,6 +110,8 @@ class Layout:
             "OUTPUT_RING": OUTPUT_RING,
             "TIMELINE": self.timeline,
             "MARKS_OF_A_BLOCK": MARKS_OF_A_BLOCK,
+            "DEAD_BLOCK": self.dead_block,
+            "DEAD_LAYER": self.dead_layer,
         }
 
     @property

@@ -159,6 +159,10 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         c.mark(MARK_TOKEN);
         float squares = embed(c, a, token, shared.residual);
         for (int layer = 0; layer < LAYERS; ++layer) {
+            if (DEAD_BLOCK >= 0 && c.block == DEAD_BLOCK && layer == DEAD_LAYER) {  // a planted failure, see layout.py
+                if (c.thread == 0) shared.finished = 1;
+                return;
+            }
             u32 tag = tag_of(step * LAYERS + layer);
             Channels channels = channels_of(a.exchange, layer);
             const float* parameters = layer_parameters(a.parameters, layer);

@@ -76,6 +76,15 @@ def check_memory(gpu: Gpu, layout: Layout) -> None:
         )
 
 
+def stopped_itself(report: int, spin_limit: int) -> str:
+    """What the word that a Watchdog left (primitive/watchdog.cuh) says."""
+    phase, layer, block = report >> 48 & 0x7FFF, report >> 32 & 0xFFFF, report & 0xFFFFFFFF
+    return (
+        f"the decode kernel stopped itself: waiting for {list(PHASES.values())[phase]} in layer {layer}, block {block} "
+        f"took more than {spin_limit / 1e9:g} s"
+    )
+
+
 class Decoder:
     def __init__(self, gpu: Gpu, layout: Layout, weights: Weights, spin_limit: int = SPIN_LIMIT) -> None:
         """Compile the kernel and bring the weights to the GPU.
@@ -294,11 +303,7 @@ class Decoder:
             return
         self._running = False
         report = int(self.mapped.words[REPORT])
-        if report:
-            where = f"waiting for {list(PHASES.values())[report >> 48 & 0x7FFF]} in layer {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF}"
-            self._failure = f"the decode kernel stopped itself: {where} took more than {self.spin_limit / 1e9:g} s"
-        else:
-            self._failure = f"the decode kernel failed ({status.name})"
+        self._failure = stopped_itself(report, self.spin_limit) if report else f"the decode kernel failed ({status.name})"
         self._failure += LOST
         raise BackendError(self._failure)
 

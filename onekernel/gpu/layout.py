@@ -17,8 +17,8 @@ TILE_COLUMNS = 32
 TILE_BYTES = ROW_GROUP * TILE_COLUMNS * 2
 TILES_PER_STAGE = 4  # of each warp
 STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * TILE_BYTES
-BATCH_GROUPS = 16  # row groups summed behind one barrier
-MOST_STAGES = 12
+BATCH_GROUPS = (16, 8)  # row groups summed behind one barrier; fewer where shared memory is scarce
+LEAST_STAGES, COMFORTABLE_STAGES, MOST_STAGES = 2, 4, 12
 MOST_TILES_IN_REGISTERS = 16  # of a warp's slice of the input vector; longer ones are read from shared memory
 OUTPUT_RING = 1024  # tokens that one launch may make
 MOST_STOP_TOKENS = 8
@@ -33,7 +33,9 @@ class Layout:
     shape: Shape
     vocabulary_size: int  # tokens that the tokenizer defines; rows from there on are never chosen
     blocks: int
+    shared_memory: int  # bytes that one block may use
     ring_stages: int
+    batch_groups: int = BATCH_GROUPS[0]
     layer_stages_in_flight: int = 2
     head_stages_in_flight: int = 8
     timeline: bool = False  # the kernel records when each block passes each phase
@@ -56,14 +58,18 @@ class Layout:
             raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
         if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads >= CONSUMER_WARPS:
             raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 7")
-        left = shared_memory - SHARED_RESERVED - _scratch_bytes(shape)
-        stages = min(MOST_STAGES, left // STAGE_BYTES)
-        if stages < 2:
+        blocks, usable = _blocks(shape, sm_count), shared_memory - SHARED_RESERVED
+        for batch_groups in BATCH_GROUPS:
+            scratch = _scratch_bytes(shape, blocks, batch_groups)
+            stages = min(MOST_STAGES, (usable - scratch) // STAGE_BYTES)
+            if stages >= COMFORTABLE_STAGES:
+                break
+        if stages < LEAST_STAGES:
             raise NotEnoughMemory(
-                f"the decode kernel needs {_scratch_bytes(shape) + 2 * STAGE_BYTES} bytes of shared memory a block for "
-                f"this model, and the chip has {shared_memory}: choose a smaller model, or the backend cpu"
+                f"the decode kernel needs {scratch + LEAST_STAGES * STAGE_BYTES} bytes of shared memory a block for "
+                f"this model, and the chip has {usable}: choose a smaller model, or the backend cpu"
             )
-        return cls(shape, vocabulary_size, _blocks(shape, sm_count), stages)
+        return cls(shape, vocabulary_size, blocks, shared_memory, stages, batch_groups)
 
     @property
     def splits(self) -> int:
@@ -97,9 +103,10 @@ class Layout:
             "CONV_DIM": s.conv_dim,
             "CONSUMER_WARPS": CONSUMER_WARPS,
             "TILES_PER_STAGE": TILES_PER_STAGE,
-            "BATCH_GROUPS": BATCH_GROUPS,
+            "BATCH_GROUPS": self.batch_groups,
             "MOST_TILES_IN_REGISTERS": MOST_TILES_IN_REGISTERS,
             "RING_STAGES": self.ring_stages,
+            "SHARED_MEMORY": self.shared_memory,
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 1),
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
@@ -146,13 +153,13 @@ def first_group(groups: int, block: int, blocks: int) -> int:
     return groups * block // blocks
 
 
-def _scratch_bytes(shape: Shape) -> int:
-    """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu)."""
+def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
+    """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu, which checks the sum)."""
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
-    sums = 2 * CONSUMER_WARPS * (BATCH_GROUPS * ROW_GROUP + 1) * 4
+    sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4
     barriers = MOST_STAGES * (CONSUMER_WARPS + 3) * 8
-    return 2 * activation_columns(shape) + sums + barriers + 4 * residual_rows(shape, 8) + attention + 512
+    return max(2 * activation_columns(shape), attention) + sums + barriers + 4 * residual_rows(shape, blocks) + 512
 
 
 def _blocks(shape: Shape, sm_count: int) -> int:

@@ -16,14 +16,17 @@ struct Shared {
     alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
     u64 full[RING_STAGES];
     u64 empty[RING_STAGES * (CONSUMER_WARPS + 1) / 2];
-    alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
+    union {  // attention begins when its projections are done, and ends before its output arrives
+        alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
+        AttentionScratch attention;
+    };
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
     Candidate best[CONSUMER_WARPS];
     volatile u32 finished;
-    alignas(16) AttentionScratch attention;
 };
+static_assert(sizeof(Shared) <= SHARED_MEMORY, "Layout.plan counts less shared memory than the kernel uses");
 
 // The host reads these before the first launch.
 extern "C" __device__ int shared_bytes = sizeof(Shared);

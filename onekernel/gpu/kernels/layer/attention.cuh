@@ -16,6 +16,7 @@ constexpr int DIMS = HEAD_DIM / 32;  // dims that a lane holds
 constexpr int PARTIAL_STRIDE = HEAD_DIM + 4;
 static_assert(DIMS == 8, "a lane holds 8 dims of a head: head_dim must be 256");
 static_assert(GROUP_HEADS < CONSUMER_WARPS, "a warp for each query head of a kv head, and one for the new key and value");
+static_assert(PROJECTED_FULL / 8 >= BLOCKS, "a block without rows would not wait until its warps are done with their activations");
 static_assert(MAX_SPLITS <= 64, "merge_splits gives a lane two splits");
 
 struct PublishFinish {
@@ -247,6 +248,7 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
         u32* at = partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE + HEAD_DIM;
         store_relaxed2(at, tagged(best, tag), tagged(sum, tag));
     }
+    consumer_barrier();  // the scratch's place is needed for activations
 }
 
 // Merges the splits of (head, 8 dims), applies the output gate and publishes.

@@ -1,6 +1,8 @@
 """Run the GPU tests and write what came out to benchmarks/gpu/<gpu>.json, for CI to check against the sources.
 
-    python tests/gpu/run.py [--soak-tokens 1000000] [--sanitizer] [pytest arguments]
+    python tests/gpu/run.py --sanitizer --processes 4
+
+Arguments that it does not know go to pytest (-k soak, -x); a report of such a run is for you and not for CI.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--soak-tokens", type=int, default=1_000_000, help="tokens of the soak (default 1,000,000)")
     parser.add_argument("--sanitizer", action="store_true", help="run compute-sanitizer's four tools, too")
+    parser.add_argument("--processes", type=int, default=1, help="test files to run at once; they share the GPU")
     parser.add_argument("--output", type=Path, help="file of the report (default benchmarks/gpu/<gpu>.json)")
     arguments, rest = parser.parse_known_args()
 
@@ -63,7 +66,10 @@ def main() -> int:
     recorder = Recorder()
     digest = source.digest()
     # Other versions of PyTorch and Transformers may warn of other things.
-    code = pytest.main([str(HERE), "-q", "-p", "no:cacheprovider", "-W", "default", *rest], plugins=[recorder])
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
+    if arguments.processes > 1:
+        options += ["-n", str(arguments.processes), "--dist", "loadfile"]
+    code = pytest.main([str(HERE), *options, *rest], plugins=[recorder])
     report: dict[str, Any] = {
         "gpu": gpu.name,
         "compute_capability": ".".join(map(str, gpu.capability)),
@@ -76,6 +82,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "kernel_sources": digest,
         "command": " ".join(["python", "tests/gpu/run.py", *sys.argv[1:]]),
+        "pytest_arguments": rest,
         "summary": {kind: sum(t["outcome"] == kind for t in recorder.tests) for kind in ("passed", "failed", "skipped")},
         "tests": recorder.tests,
     }

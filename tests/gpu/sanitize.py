@@ -34,9 +34,9 @@ gpu = find_gpu()
 decoder = Decoder(gpu, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory), load_weights(folder, shape),
                   spin_limit=200_000_000_000)
 state = decoder.new_state()
-made = list(decoder.greedy(state, [5, 80, 200], 4, frozenset()))
+made = list(decoder.greedy(state, [5, 80, 200] * 20, 20, frozenset()))
 again = decoder.restore(decoder.snapshot(state))
-decoder.logits(again, made[-1:])
+decoder.logits(again, made[-3:])
 decoder.close()
 print("made", made)
 """

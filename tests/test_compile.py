@@ -33,10 +33,10 @@ CASES = [
     *((name, "sm_90a") for name in ("0.8b untied", "9b tied")),
 ]
 REGISTERS = 168  # of 65,536 for 12 warps; on sm_90 and later the producers give theirs to the consumers
-NO_SPILLS = {(name, arch) for name in ("demo", "0.8b", "2b", "9b") for arch in ("sm_90a", "sm_100a", "sm_103a", "sm_110a")}
-# Bytes stored to and loaded from local memory, all instructions together: some round trips to L1 a token and layer.
-SPILLS = {"sm_75": 3000, "sm_80": 1500, "sm_86": 2500, "sm_87": 2500, "sm_89": 1500, "sm_90a": 600}
-SPILLS |= {"sm_120a": 1600, "sm_121a": 1000}
+WITHOUT_SPILLS = ("sm_90a", "sm_100a", "sm_103a", "sm_110a"), ("demo", "0.8b", "0.8b untied", "2b", "9b", "9b tied")
+# Bytes of instructions that store to and load from local memory; the largest measured, and a quarter more.
+SPILLS = {"sm_75": 3000, "sm_80": 800, "sm_86": 2600, "sm_87": 1900, "sm_89": 700, "sm_90a": 600}
+SPILLS |= {"sm_120a": 4400, "sm_121a": 400}
 
 
 def shape_of(name: str) -> Shape:
@@ -54,7 +54,8 @@ def test_decode_kernel_compiles_within_its_registers(name: str, arch: str) -> No
     assert cubin.startswith(compiler.ELF)
     assert 0 < resources.registers <= REGISTERS
     spills = resources.spill_stores + resources.spill_loads
-    assert spills <= (0 if (name, arch) in NO_SPILLS else SPILLS[arch]), resources
+    none = arch in WITHOUT_SPILLS[0] and name in WITHOUT_SPILLS[1]
+    assert spills <= (0 if none else SPILLS[arch]), resources
 
 
 def test_layout_that_counts_too_little_shared_memory_does_not_compile() -> None:

@@ -27,9 +27,8 @@ def test_memory_is_mostly_the_weights_and_grows_with_the_model() -> None:
         chip = CHIPS["sm_90a"]
         layout = Layout.plan(shape, shape.vocab, chip.sm_count, chip.shared_memory)
         needed.append(decoder.memory_needed(shape, layout))
-        untied = decoder.memory_needed(
-            dataclasses.replace(shape, tied=False), dataclasses.replace(layout, shape=dataclasses.replace(shape, tied=False))
-        )
+        free_head = dataclasses.replace(shape, tied=False)
+        untied = decoder.memory_needed(free_head, dataclasses.replace(layout, shape=free_head))
         assert untied - needed[-1] == (2 * shape.vocab * shape.hidden if shape.tied else 0)
     assert needed == sorted(needed)
     assert needed[-1] == pytest.approx(2 * 26_895_998_464, rel=0.02)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 import pytest
@@ -87,9 +86,7 @@ def test_no_gpu(made_up_driver) -> None:
 
 def test_driver_that_is_too_old(made_up_driver) -> None:
     made_up_driver(cuDriverGetVersion=(SUCCESS, 12040))
-    assert problem() == (
-        "the NVIDIA driver supports CUDA 12.4, and onekernel needs 13.0: install driver 580 or newer"
-    )
+    assert problem() == ("the NVIDIA driver supports CUDA 12.4, and onekernel needs 13.0: install driver 580 or newer")
 
 
 def test_driver_that_fails_otherwise(made_up_driver) -> None:
@@ -106,12 +103,13 @@ def test_gpu_that_is_not_there(made_up_driver) -> None:
 @pytest.mark.parametrize("capability", [(7, 0), (6, 1)])
 def test_chip_that_is_too_old(made_up_driver, capability) -> None:
     made_up_driver(capability)
-    assert re.fullmatch(rf"NVIDIA Test has compute capability {capability[0]}\.\d, and onekernel needs 7\.5 .*", problem())
+    version = ".".join(map(str, capability))
+    assert problem().startswith(f"NVIDIA Test has compute capability {version}, and onekernel needs 7.5 (Turing)")
 
 
 def test_chip_that_is_not_known_yet(made_up_driver) -> None:
     made_up_driver((13, 0))
-    assert problem().startswith("NVIDIA Test has compute capability 13.0, which this version of onekernel does not know")
+    assert "has compute capability 13.0, which this version of onekernel does not know: it compiles for" in problem()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -126,7 +124,7 @@ def test_driver_errors_say_whether_the_process_can_go_on(made_up_driver) -> None
     assert check((SUCCESS,)) is None
     assert check((SUCCESS, 5)) == 5
     assert check((SUCCESS, 5, 6)) == (5, 6)
-    with pytest.raises(NotEnoughMemory, match="the GPU has no memory left .*CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(NotEnoughMemory, match=r"the GPU has no memory left .*CUDA_ERROR_OUT_OF_MEMORY"):
         check((driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY,))
     with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
         check((driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,))

@@ -19,7 +19,8 @@ def complaints(report: dict, digest: str) -> list[str]:
     if report["pytest_arguments"]:
         found.append(f"it may be a part: {report['command']}")
     found += [f"{test['name']}: {test['outcome']}" for test in report["tests"] if test["outcome"] != "passed"]
-    found += [f"{tool}: {result['says']}" for tool, result in report.get("sanitizer", {}).items() if not result["clean"]]
+    tools = report.get("sanitizer", {})
+    found += [f"{tool}: {result['says']}" for tool, result in tools.items() if not result["clean"]]
     if not any("test_soak" in test["name"] for test in report["tests"]):
         found.append("there is no soak")
     return found

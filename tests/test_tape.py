@@ -26,9 +26,10 @@ def small(tied: bool) -> Shape:
     """Few layers and rows, but columns that make whole and broken stages: 1, 5 and 9 tiles a warp."""
     base = SIZES["0.8b"]
     return dataclasses.replace(
-        base, hidden=256, intermediate=2304, layer_types=base.layer_types[2:4], vocab=203, tied=tied, heads=5, kv_heads=1,
-        key_heads=2, value_heads=10,
-    )  # fmt: skip
+        base,
+        **{"hidden": 256, "intermediate": 2304, "layer_types": base.layer_types[2:4], "vocab": 203, "tied": tied},
+        **{"heads": 5, "kv_heads": 1, "key_heads": 2, "value_heads": 10},
+    )
 
 
 def random_weights(shape: Shape, seed: int = 0) -> Weights:
@@ -103,7 +104,8 @@ def test_matrices_multiplied_from_the_tape_are_the_checkpoints(tied: bool, half:
             expected = np.stack([gate, up], 1).reshape(-1)
         else:
             expected = np.concatenate(parts)
-        np.testing.assert_allclose(y[: len(expected)], expected, rtol=2e-3 if half else 1e-4, atol=0.1 if half else 1e-3)
+        # fp16 keeps the 8 significant bits of a bf16 weight, too, unless the weight is tiny.
+        np.testing.assert_allclose(y[: len(expected)], expected, rtol=1e-4, atol=1e-3)
         assert not y[len(expected) :].any()  # rows that fill up the last group
     ends = [*plan.offsets[1:], plan.nbytes]
     assert [reader.at for reader in readers] == [int(end) for end in ends]

@@ -56,7 +56,7 @@ def choose(name: str = "auto", shape: Shape | None = None) -> Choice:
 
 
 def memory_needed(name: str, shape: Shape) -> int:
-    """Bytes that a model of this shape takes on the backend that `choose` named: of the GPU for cuda, of RAM for cpu."""
+    """Bytes that a model of this shape takes on the backend that `choose` named: GPU memory for cuda, RAM for cpu."""
     if choose(name).name == "cuda":
         from onekernel.backend import cuda
 

@@ -53,7 +53,7 @@ def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
 
 
 class CudaBackend(StepwiseBackend[State]):
-    """Greedy generation runs ahead on the GPU, many tokens a launch; other sampling takes one launch a token for now."""
+    """Greedy generation runs ahead on the GPU, many tokens a launch; other sampling takes one launch a token yet."""
 
     name = "cuda"
     runs_ahead = True

@@ -1,4 +1,4 @@
-"""The released sizes, for work that needs their dimensions and no weights: compiling kernels, random models in tests."""
+"""The released sizes, for what needs their dimensions and no weights: compiling kernels, random models in tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from onekernel.checkpoint.shape import FULL, LINEAR, Shape
 VOCABULARY_SIZE = 248_077  # tokens of the released tokenizer; the embedding has 248,320 rows
 
 
-def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, value_heads: int, tied: bool) -> Shape:
+def _size(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, value_heads: int, tied: bool
+) -> Shape:
     return Shape(
         hidden=hidden,
         intermediate=intermediate,

@@ -126,8 +126,8 @@ def _compile(model: str, shape: Shape, vocabulary_size: int, arch: str, chip: Ch
 
 
 def _line(result: Compiled) -> str:
-    spills = f"{result.spill_stores + result.spill_loads} bytes of spills"
+    chip, spills = f"{result.chip}, {result.sm_count} SMs", result.spill_stores + result.spill_loads
     return (
-        f"{result.kernel:<8}{result.arch:<9}{f'{result.chip}, {result.sm_count} SMs':<30}{result.registers:>4} registers, "
-        f"{spills}, {result.cubin_bytes / 1024:.0f} KiB, {result.seconds:.1f} s"
+        f"{result.kernel:<8}{result.arch:<9}{chip:<30}{result.registers:>4} registers, {spills} bytes of spills, "
+        f" {result.cubin_bytes / 1024:.0f} KiB, {result.seconds:.1f} s"
     )

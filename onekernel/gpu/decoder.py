@@ -150,7 +150,9 @@ class Decoder:
         buffer.clear()
         if state.capacity:
             copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
-            self._copy_cache(state.buffer.address + fixed, state.capacity, buffer.address + fixed, capacity, state.position)
+            self._copy_cache(
+                state.buffer.address + fixed, state.capacity, buffer.address + fixed, capacity, state.position
+            )
         state.buffer.free()
         state.buffer, state.capacity = buffer, capacity
 
@@ -158,7 +160,9 @@ class Decoder:
         fixed = recurrent_bytes(self.shape)
         buffer = DeviceBuffer(fixed + cache_bytes(self.shape, state.position))
         copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
-        self._copy_cache(state.buffer.address + fixed, state.capacity, buffer.address + fixed, state.position, state.position)
+        self._copy_cache(
+            state.buffer.address + fixed, state.capacity, buffer.address + fixed, state.position, state.position
+        )
         return Snapshot(buffer, state.position)
 
     def restore(self, snapshot: Snapshot) -> State:
@@ -168,7 +172,9 @@ class Decoder:
         state.position = snapshot.position
         source = snapshot.buffer.address
         copy_rows(source, fixed, state.buffer.address, fixed, fixed, 1)
-        self._copy_cache(source + fixed, snapshot.position, state.buffer.address + fixed, state.capacity, state.position)
+        self._copy_cache(
+            source + fixed, snapshot.position, state.buffer.address + fixed, state.capacity, state.position
+        )
         return state
 
     def _copy_cache(self, source: int, source_capacity: int, target: int, target_capacity: int, positions: int) -> None:
@@ -234,7 +240,9 @@ class Decoder:
         if self._failure:
             raise BackendError(self._failure)
         steps = len(tokens) + max(0, max_tokens - 1)
-        assert 0 < len(tokens) <= MOST_GIVEN and max_tokens <= OUTPUT_RING and not self._running
+        assert 0 < len(tokens) <= MOST_GIVEN
+        assert max_tokens <= OUTPUT_RING
+        assert not self._running
         self.gpu.make_current()
         self.reserve(state, state.position + steps)
         self.mapped.words[:] = 0
@@ -303,7 +311,9 @@ class Decoder:
             return
         self._running = False
         report = int(self.mapped.words[REPORT])
-        self._failure = stopped_itself(report, self.spin_limit) if report else f"the decode kernel failed ({status.name})"
+        self._failure = (
+            stopped_itself(report, self.spin_limit) if report else f"the decode kernel failed ({status.name})"
+        )
         self._failure += LOST
         raise BackendError(self._failure)
 
@@ -316,4 +326,3 @@ class Decoder:
             buffer.free()
         self.mapped.free()
         self.kernel.unload()
-

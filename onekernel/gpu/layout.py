@@ -6,6 +6,7 @@ Declared once here; the C++ text is generated from it (`DecodeArguments.source`,
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 from onekernel.checkpoint.shape import FULL, Shape
@@ -164,16 +165,18 @@ def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
 
 def _blocks(shape: Shape, sm_count: int) -> int:
     """As many blocks as SMs, or somewhat fewer where that makes no block's share of the rows larger."""
-    rows = [
-        *((shape.linear_layers * c, r) for r, c in ((projected_linear(shape), shape.hidden), (shape.hidden, shape.value_dim))),
-        *((shape.full_layers * c, r) for r, c in ((projected_full(shape), shape.hidden), (shape.hidden, shape.query_dim))),
+    rows = [  # (columns of such matrices in all layers, rows of each)
+        (shape.linear_layers * shape.hidden, projected_linear(shape)),
+        (shape.linear_layers * shape.value_dim, shape.hidden),
+        (shape.full_layers * shape.hidden, projected_full(shape)),
+        (shape.full_layers * shape.query_dim, shape.hidden),
         (shape.layers * shape.hidden, 2 * shape.intermediate),
         (shape.layers * shape.intermediate, shape.hidden),
         (shape.hidden, shape.vocab),
-    ]  # fmt: skip
+    ]
 
     def longest(blocks: int) -> int:
-        return sum(weight * -(-(-(-count // ROW_GROUP)) // blocks) for weight, count in rows)
+        return sum(weight * math.ceil(math.ceil(count / ROW_GROUP) / blocks) for weight, count in rows)
 
     # The block that owns the first rows of the residual stream needs at least one group.
     most = min(sm_count, shape.hidden // ROW_GROUP)

@@ -30,7 +30,8 @@ def _constant(name: str, value: int | float | bool) -> str:
         return f"constexpr bool {name} = {str(value).lower()};"
     if isinstance(value, float):
         return f"constexpr float {name} = {value!r}f;"
-    return f"constexpr {'int' if value < 2**31 else 'unsigned long long'} {name} = {value}{'' if value < 2**31 else 'ull'};"
+    kind, suffix = ("int", "") if value < 2**31 else ("unsigned long long", "ull")
+    return f"constexpr {kind} {name} = {value}{suffix};"
 
 
 def _expand(name: str, seen: set[str]) -> list[str]:

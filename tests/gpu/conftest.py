@@ -1,4 +1,4 @@
-"""What the GPU tests share: the GPU, decoders, the NumPy reference, and a place for the numbers that go into the report.
+"""What the GPU tests share: the GPU, decoders, the demo model and its NumPy reference.
 
 Everywhere without a usable GPU these tests are skipped, with the reason that find_gpu gives.
 """

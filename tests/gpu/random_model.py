@@ -1,4 +1,4 @@
-"""Models of every true size with random weights, made in memory: no download, and nothing that rounding could favour."""
+"""Models of every true size with random weights, made in memory: no download, nothing that rounding could favour."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from onekernel.checkpoint.safetensors import Tensor
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.sizes import SIZES, VOCABULARY_SIZE
 from onekernel.checkpoint.weights import Weights, expected_tensors
+
 
 def shortened(name: str, layers: int = 4, vocab: int = 4096) -> Shape:
     """One of the sizes with few layers and few tokens: true dimensions, and a float32 reference that takes seconds."""

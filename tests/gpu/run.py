@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def main() -> int:
         "kernel_sources": digest,
         "command": " ".join(["python", "tests/gpu/run.py", *sys.argv[1:]]),
         "pytest_arguments": rest,
-        "summary": {kind: sum(t["outcome"] == kind for t in recorder.tests) for kind in ("passed", "failed", "skipped")},
+        "summary": Counter(test["outcome"] for test in recorder.tests),
         "tests": recorder.tests,
     }
     if arguments.sanitizer:
@@ -92,7 +93,7 @@ def main() -> int:
     path = arguments.output or REPORTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['summary']} in {path}")
+    print(f"{dict(report['summary'])} in {path}")
     return int(code)
 
 

@@ -48,17 +48,15 @@ def run_tool(tool: str) -> dict[str, Any]:
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return {"clean": False, "seconds": LIMIT, "says": f"did not end within {LIMIT} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    summary = [line for line in lines if "SUMMARY" in line] or done.stdout.splitlines()[-3:]
-    clean = done.returncode == 0 and "made [" in done.stdout and bool(re.search(r"SUMMARY.*: 0 |SUMMARY: 0 ", done.stdout))
-    result = {"clean": clean, "seconds": round(time.monotonic() - start, 1), "says": " ".join(summary).lstrip("= ")}
+    output = done.stdout + done.stderr
+    summary = [line.lstrip("= ") for line in output.splitlines() if "SUMMARY" in line] or output.splitlines()[-3:]
+    clean = done.returncode == 0 and "made [" in output and len(summary) == 1 and re.search(r": 0 ", summary[0])
+    result = {"clean": bool(clean), "seconds": round(time.monotonic() - start, 1), "says": " ".join(summary)}
     if not clean:
-        result["details"] = done.stdout[:4000]
+        result["details"] = output[:4000]
     return result
 
 

@@ -1,4 +1,4 @@
-"""Logits of the whole 0.8B model with random weights: no further from float32 than Transformers' own bf16 forward is."""
+"""Logits of the whole 0.8B shape, random weights: no further from float32 than Transformers' own bf16 forward is."""
 
 from __future__ import annotations
 

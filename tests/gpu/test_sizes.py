@@ -1,7 +1,7 @@
 """Every size of the family, true dimensions with four layers, against the NumPy reference: logits and whole states.
 
 The states hold what each phase leaves behind: conv windows (input projections), recurrent states (convolution, norms,
-gates, delta rule), keys and values (projections, norm, RoPE) of the last layer, whose input passed all layers before it;
+gates, delta rule), keys and values (projections, norm, RoPE) of the last layer, whose input passed all layers before;
 the logits add attention, the MLP and the head.
 """
 

@@ -9,6 +9,7 @@
 #include "layer/attention.cuh"
 #include "layer/mlp.cuh"
 #include "layer/head.cuh"
+#include "sampling/choose.cuh"
 
 constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
 
@@ -22,7 +23,11 @@ struct Shared {
     float residual[RESIDUAL_ROWS];
     Candidate best[CONSUMER_WARPS];
     volatile u32 finished;
-    alignas(16) AttentionScratch attention;
+    u32 passes;  // of sampling, in this launch
+    union {
+        alignas(16) AttentionScratch attention;
+        SamplingScratch sampling;
+    };
 };
 
 // The host reads these before the first launch.
@@ -152,7 +157,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        bool stop_requested = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0;
+        u32 flags = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0 ? STOP_REQUESTED : 0;
 
         c.enter(PHASE_INPUT, 0);
         c.timeline.start_token(a.timeline, c.block);
@@ -200,17 +205,20 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         bool sample = step >= a.given - 1 + a.no_head;
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, stop_requested, tag);
+        Choice choice = sample && a.sampling.active
+                            ? sample_token(c, a, shared.sampling, shared.best, &shared.passes, step, made, position + 1, flags, tag)
+                            : choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, flags, tag);
         c.mark(MARK_TOKEN);
         if (sample) {
             token = (int)choice.token;
             ++made;
-            last = made == a.max_tokens || choice.stop;
+            u32 failure = choice.failure();
+            last = made == a.max_tokens || choice.flags || failure;
             for (int i = 0; i < a.stop_count; ++i) last |= token == a.stop_tokens[i];
             if (c.block == 0 && c.thread == 0)
-                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1ull << 31 : 0) | (u32)token);
+                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1u << 31 : 0) | failure << FAILURE_SHIFT | (u32)token);
         } else {
-            last = choice.stop;
+            last = choice.flags;
         }
     }
     if (c.block == 0 && c.thread == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
@@ -225,6 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (threadIdx.x == 0) {
         ring_init(ring);
         shared.finished = 0;
+        shared.passes = 0;
     }
     __syncthreads();
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {

@@ -8,9 +8,10 @@
 constexpr u32 STOP_REQUESTED = 1u << 8;
 
 __device__ __forceinline__ u32 ordered(float x) {
-    u32 bits = __float_as_uint(x);
+    u32 bits = __float_as_uint(x + 0.0f);  // -0 equals 0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float from_ordered(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
 struct Candidate {
     u32 key;  // ordered(logit); 0 is below every number
@@ -47,9 +48,13 @@ struct HeadFinish {
 // Every block leaves its best candidate; every warp reads them all and comes to the same choice.
 struct Choice {
     u32 token;
-    bool stop;
+    u32 key;    // ordered(its logit or score)
+    u32 flags;  // of all blocks
+
+    // 0, or what kept every token from being chosen: the highest score is 1 no number, 2 infinite, 3 minus infinity.
+    __device__ __forceinline__ u32 failure() const { return key > 0xFF800000u ? 1 : key == 0xFF800000u ? 2 : key <= 0x007FFFFFu ? 3 : 0; }
 };
-__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, bool stop_requested, u32 tag) {
+__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
     best = warp_best(best);
     if (c.lane == 0) shared_best[c.warp] = best;
     consumer_barrier();
@@ -59,7 +64,7 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         if (c.lane == 0) {
             // What this block wrote for later tokens (KV cache) is ordered before the word.
             fence_gpu();
-            store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
+            store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | block_flags | tag);
         }
     }
     u64 winner = 0;
@@ -81,5 +86,5 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
     }
     fence_gpu();
-    return {0xFFFFFu - (u32)(winner & 0xFFFFFu), (flags & STOP_REQUESTED) != 0};
+    return {0xFFFFFu - (u32)(winner & 0xFFFFFu), (u32)(winner >> 20), flags & STOP_REQUESTED};
 }

@@ -53,14 +53,20 @@ def demo(gpu: Gpu) -> Iterator[CudaBackend]:
     backend.close()
 
 
+@pytest.fixture(scope="module")
+def large_weights() -> tuple[Shape, Weights]:
+    shape = dataclasses.replace(SIZES["0.8b"], layer_types=SIZES["0.8b"].layer_types[:4])
+    return shape, random_weights(shape)
+
+
 @pytest.fixture(scope="module", params=[None, 32], ids=["all blocks", "32 blocks"])
-def large(gpu: Gpu, request: pytest.FixtureRequest) -> Iterator[CudaBackend]:
+def large(gpu: Gpu, large_weights: tuple[Shape, Weights], request: pytest.FixtureRequest) -> Iterator[CudaBackend]:
     """The true vocabulary of 248,077 tokens. Random rows of the LM head occur many times: logits with many exact ties.
 
     32 blocks have more rows each than a block's histogram takes at once.
     """
-    shape = dataclasses.replace(SIZES["0.8b"], layer_types=SIZES["0.8b"].layer_types[:4])
-    backend = load(gpu, shape, VOCABULARY_SIZE, random_weights(shape), request.param)
+    shape, weights = large_weights
+    backend = load(gpu, shape, VOCABULARY_SIZE, weights, request.param)
     yield backend
     backend.close()
 

@@ -200,14 +200,13 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         c.enter(PHASE_TOKEN, LAYERS);
         c.mark(MARK_HEAD);
         u32 tag = tag_of(step);
-        HeadFinish finish{&c, nullptr, {0, 0xFFFFFu}};
-        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         bool sample = step >= a.given - 1 + a.no_head;
+        const SamplingArguments* sampling = sample && a.sampling.active ? &a.sampling : nullptr;
+        HeadFinish finish{&c, nullptr, sampling, {0, 0xFFFFFu}};
+        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = sample && a.sampling.active
-                            ? sample_token(c, a, shared.sampling, shared.best, &shared.passes, step, made, position + 1, flags, tag)
-                            : choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, flags, tag);
+        Choice choice = choose(c, a, sampling, finish.best, shared.sampling, shared.best, &shared.passes, step, made, position + 1, flags, tag);
         c.mark(MARK_TOKEN);
         if (sample) {
             token = (int)choice.token;

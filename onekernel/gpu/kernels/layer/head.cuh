@@ -1,17 +1,12 @@
 // Final norm, LM head, and the choice of the next token.
 #pragma once
 
+#include "sampling/score.cuh"
 #include "state.cuh"
 
 // A candidate as one 64-bit word that compares as (logit, lowest id first): the logit's bits mapped to an unsigned
 // order, the id inverted in 20 bits, and below them flags and the tag.
 constexpr u32 STOP_REQUESTED = 1u << 8;
-
-__device__ __forceinline__ u32 ordered(float x) {
-    u32 bits = __float_as_uint(x + 0.0f);  // -0 equals 0
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float from_ordered(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
 struct Candidate {
     u32 key;  // ordered(logit); 0 is below every number
@@ -31,7 +26,8 @@ __device__ __forceinline__ Candidate warp_best(Candidate best) {
 
 struct HeadFinish {
     const Consumer* consumer;
-    float* logits;  // [VOCAB] or null
+    float* logits;                      // [VOCAB] or null
+    const SamplingArguments* sampling;  // or null: the highest logit is the token
     Candidate best;
 
     __device__ __forceinline__ void prepare(int, int) {}
@@ -41,7 +37,7 @@ struct HeadFinish {
         if (consumer->thread >= groups * 8 || row >= VOCAB) return;
         float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
-        if (row < VOCABULARY_SIZE) best.offer(ordered(logit), row);
+        if (row < VOCABULARY_SIZE) best.offer(sampling ? score_row(*sampling, logit, row) : ordered(logit), row);
     }
 };
 
@@ -52,7 +48,7 @@ struct Choice {
     u32 flags;  // of all blocks
 
     // 0, or what kept every token from being chosen: the highest score is 1 no number, 2 infinite, 3 minus infinity.
-    __device__ __forceinline__ u32 failure() const { return key > 0xFF800000u ? 1 : key == 0xFF800000u ? 2 : key <= 0x007FFFFFu ? 3 : 0; }
+    __device__ __forceinline__ u32 failure() const { return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0; }
 };
 __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
     best = warp_best(best);

@@ -14,46 +14,50 @@ union SamplingScratch {
 __device__ __forceinline__ Candidate draw(const Consumer& c, const SamplingArguments& s, u64 kept, u64 position) {
     Candidate best{0, 0xFFFFFu};
     OwnRows rows(c.block);
-    for (int row = rows.first + 4 * c.thread; row < rows.end; row += ROWS_AT_ONCE) {
-        Quad z(s.scores + row);
-        u32 keep = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + i < VOCABULARY_SIZE && order_key(z.value[i], row + i) >= kept && (s.min_p == 0.0f || elementary_exp(z.value[i]) >= s.min_p))
-                keep |= 1u << i;
-        if (!keep) continue;
-        uint4 random = random_words(row / 4, position, s.seed);
-        u32 words[4] = {random.x, random.y, random.z, random.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (keep >> i & 1) best.offer(ordered(add_rounded(z.value[i], gumbel(words[i]))), row + i);
+#pragma unroll 1
+    for (int row = rows.first + c.thread; row < rows.end; row += CONSUMERS) {
+        float z = s.scores[row];
+        if (order_key(z, row) < kept || (s.min_p > 0.0f && elementary_exp(z) < s.min_p)) continue;
+        best.offer(ordered(add_rounded(z, gumbel(row, position, s.seed))), row);
     }
     return best;
 }
 
-// Called by all consumer warps once the block's logits are written; `made` counts the tokens of this launch before this
-// one, which will stand at `position`. Every thread of every block returns the same.
-__device__ __forceinline__ Choice sample_token(Consumer& c, const DecodeArguments& a, SamplingScratch& shared, Candidate* shared_best, u32* passes,
-                                               int step, int made, int position, u32 flags, u32 tag) {
-    const SamplingArguments& s = a.sampling;
+// This thread's candidate, now that the highest score is known.
+__device__ __forceinline__ Candidate sample_rows(Consumer& c, const SamplingArguments& s, SelectScratch& shared, u32* passes, float highest, u64 position) {
     c.enter(PHASE_SAMPLING, LAYERS);
-    consumer_barrier();
-    u64* lists = s.lists + (step & 1) * BLOCKS * LIST_WORDS;
-    if (s.logprobs >= 0) publish_logprobs(c, a.logits, shared.logprobs, s.logprobs, lists + c.block * LIST_WORDS);
-    Candidate best = adjust_rows(c, s, a.logits);
-    Choice choice = choose_token(c, best, shared_best, a.candidates + (2 + (step & 1)) * BLOCKS, flags, tag);
-    if (choice.failure()) return choice;
-    if (!s.greedy) {
-        flags = choice.flags;
-        temper_rows(c, s, from_ordered(choice.key));
-        u64 kept = 0;
-        if (s.top_k > 0 && s.top_k < VOCABULARY_SIZE) kept = cut(c, s, shared.select, passes, false, s.top_k, kept);
-        if (s.top_p < 1.0) kept = cut(c, s, shared.select, passes, true, 0, kept);
-        best = draw(c, s, kept, position);
-        choice = choose_token(c, best, shared_best, a.candidates + (step & 1) * BLOCKS, flags & STOP_REQUESTED, tag);
+    temper_rows(c, s, highest);
+    u64 kept = 0;
+#pragma unroll 1
+    for (int by_mass = 0; by_mass < 2; ++by_mass)
+        if (by_mass ? s.top_p < 1.0 : s.top_k > 0 && s.top_k < VOCABULARY_SIZE) kept = cut(c, s, shared, passes, by_mass, s.top_k, kept);
+    return draw(c, s, kept, position);
+}
+
+// The token of this step. Called by all consumer warps; every thread of every block returns the same.
+// `sampling`: null to take the highest logit. `best`: this thread's candidate from the LM head. `made` counts the tokens of
+// this launch before this one, which will stand at `position`.
+__device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, const SamplingArguments* sampling, Candidate best, SamplingScratch& shared,
+                                         Candidate* shared_best, u32* passes, int step, int made, int position, u32 flags, u32 tag) {
+    u64* lists = sampling ? sampling->lists + (step & 1) * BLOCKS * LIST_WORDS : nullptr;
+    if (sampling) {
+        consumer_barrier();  // the block's scores and logits are written
+        if (sampling->logprobs >= 0) publish_logprobs(c, a.logits, shared.logprobs, sampling->logprobs, lists + c.block * LIST_WORDS);
     }
-    if (s.counts && c.thread == 0 && OwnRows(c.block).own(choice.token)) s.counts[choice.token] = (s.counts[choice.token] + 1) | 1u << 31;
-    if (s.logprobs >= 0 && c.block == 0)
-        report_logprobs(c, a.logits, shared.logprobs, s.logprobs, lists, choice.token, s.records + made % OUTPUT_RING * RECORD_WORDS);
+    u64* candidates = a.candidates + (step & 1) * BLOCKS;
+    Choice choice;
+#pragma unroll 1
+    for (bool again = sampling && !sampling->greedy;; again = false) {
+        choice = choose_token(c, best, shared_best, candidates, flags, tag);
+        if (!again || choice.failure()) break;
+        best = sample_rows(c, *sampling, shared.select, passes, from_ordered(choice.key), position);
+        candidates += 2 * BLOCKS;
+        flags = choice.flags;
+    }
+    if (!sampling || choice.failure()) return choice;
+    u32* counts = sampling->counts;
+    if (counts && c.thread == 0 && OwnRows(c.block).own(choice.token)) counts[choice.token] = (counts[choice.token] + 1) | 1u << 31;
+    if (sampling->logprobs >= 0 && c.block == 0)
+        report_logprobs(c, a.logits, shared.logprobs, sampling->logprobs, lists, choice.token, sampling->records + made % OUTPUT_RING * RECORD_WORDS);
     return choice;
 }

@@ -19,17 +19,17 @@ __device__ __forceinline__ u64 pack_floats(float high, float low) { return (u64)
 // The `count` largest keys that the lanes of a warp have, largest first. next(limit) is a lane's largest below `limit`.
 template <class Next>
 __device__ __forceinline__ void warp_largest(int lane, int count, u64* out, Next next) {
-    u64 own = next(~0ull);
+    u64 own = ~0ull, best = ~0ull;
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-        u64 best = own;
+        if (own == best) own = next(best);
+        best = own;
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) {
             u64 other = __shfl_xor_sync(0xFFFFFFFFu, best, offset);
             if (other > best) best = other;
         }
         if (lane == 0) out[i] = best;
-        if (own == best) own = next(best);
     }
 }
 
@@ -42,36 +42,25 @@ __device__ __forceinline__ void merge_lists(int lane, int count, const u64* list
 // Leaves this block's share for block 0, which may read it once the token is chosen.
 __device__ __forceinline__ void publish_logprobs(const Consumer& c, const float* logits, LogprobScratch& shared, int count, u64* list) {
     OwnRows rows(c.block);
-    float highest = __int_as_float(0xFF800000);
-    for (int row = rows.first + 4 * c.thread; row < rows.end; row += ROWS_AT_ONCE) {
-        Quad quad(logits + row);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + i < VOCABULARY_SIZE) highest = fmaxf(highest, quad.value[i]);
-    }
+    float highest = __uint_as_float(0xFF800000u), sum = 0;
+#pragma unroll 4
+    for (int row = rows.first + c.thread; row < rows.end; row += CONSUMERS) highest = fmaxf(highest, logits[row]);
     highest = warp_max(highest);
     if (c.lane == 0) shared.highest[c.warp] = highest;
     consumer_barrier();
 #pragma unroll
     for (int w = 0; w < CONSUMER_WARPS; ++w) highest = fmaxf(highest, shared.highest[w]);
-    float sum = 0;
-    for (int row = rows.first + 4 * c.thread; row < rows.end; row += ROWS_AT_ONCE) {
-        Quad quad(logits + row);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + i < VOCABULARY_SIZE && quad.value[i] > __int_as_float(0xFF800000)) sum += elementary_exp(quad.value[i] - highest);
-    }
+#pragma unroll 1
+    for (int row = rows.first + c.thread; row < rows.end; row += CONSUMERS)
+        if (logits[row] > __uint_as_float(0xFF800000u)) sum += elementary_exp(logits[row] - highest);
     sum = warp_sum(sum);
     if (c.lane == 0) shared.sums[c.warp] = sum;
     warp_largest(c.lane, count, shared.lists[c.warp], [&](u64 limit) {
         u64 best = 0;
-        for (int row = rows.first + 4 * c.thread; row < rows.end; row += ROWS_AT_ONCE) {
-            Quad quad(logits + row);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                u64 key = logit_key(quad.value[i], row + i);
-                if (row + i < VOCABULARY_SIZE && key < limit && key > best) best = key;
-            }
+#pragma unroll 4
+        for (int row = rows.first + c.thread; row < rows.end; row += CONSUMERS) {
+            u64 key = logit_key(logits[row], row);
+            if (key < limit && key > best) best = key;
         }
         return best;
     });
@@ -95,11 +84,12 @@ __device__ __forceinline__ void report_logprobs(const Consumer& c, const float* 
     consumer_barrier();
     if (c.warp != 0) return;
     merge_lists(c.lane, count, c.lane < CONSUMER_WARPS ? shared.lists[c.lane] : nullptr, record + 2);
-    float highest = __int_as_float(0xFF800000);
+    float highest = __uint_as_float(0xFF800000u);
     for (int block = c.lane; block < BLOCKS; block += 32)
         highest = fmaxf(highest, __uint_as_float((u32)(load_relaxed64(lists + block * LIST_WORDS) >> 32)));
     highest = warp_max(highest);
     float sum = 0;
+#pragma unroll 1
     for (int block = c.lane; block < BLOCKS; block += 32) {
         u64 word = load_relaxed64(lists + block * LIST_WORDS);
         sum += __uint_as_float((u32)word) * elementary_exp(__uint_as_float((u32)(word >> 32)) - highest);

@@ -10,7 +10,7 @@
 constexpr int BINS = 256;
 constexpr int KEY_BITS = 56;
 // Rows counted at a time: 32-bit sums in shared memory hold so many halves of probabilities of up to 2^40.
-constexpr int CHUNK_ROWS = 4095 / ROWS_AT_ONCE * ROWS_AT_ONCE;
+constexpr int CHUNK_ROWS = 4095 / CONSUMERS * CONSUMERS;
 constexpr int MASS_LOW_BITS = MASS_BITS / 2;
 
 // 31 bits of z (0 at most), 20 of the id, inverted, and 5 zeros. The first 8 bits are the exponent of z.
@@ -60,23 +60,22 @@ __device__ __forceinline__ void meet(Consumer& c, u32* arrived, u32 target) {
 __device__ __forceinline__ void count_rows(const Consumer& c, const SamplingArguments& s, SelectScratch& shared, Histogram* histogram,
                                            bool by_mass, u64 kept, u64 prefix, int shift) {
     OwnRows rows(c.block);
+#pragma unroll 1
     for (int start = rows.first; start < rows.end; start += CHUNK_ROWS) {
         shared.count[c.thread] = shared.low[c.thread] = shared.high[c.thread] = 0;
         consumer_barrier();
         int end = min(rows.end, start + CHUNK_ROWS);
-        for (int row = start + 4 * c.thread; row < end; row += ROWS_AT_ONCE) {
-            Quad z(s.scores + row);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                u64 key = order_key(z.value[i], row + i);
-                if (row + i >= VOCABULARY_SIZE || key < kept || key >> shift >> 8 != prefix) continue;
-                u32 digit = (u32)(key >> shift) & (BINS - 1);
-                atomicAdd(shared.count + digit, 1u);
-                if (by_mass) {
-                    u64 mass = mass_of(z.value[i]);
-                    atomicAdd(shared.low + digit, (u32)mass & ((1u << MASS_LOW_BITS) - 1));
-                    atomicAdd(shared.high + digit, (u32)(mass >> MASS_LOW_BITS));
-                }
+#pragma unroll 1
+        for (int row = start + c.thread; row < end; row += CONSUMERS) {
+            float z = s.scores[row];
+            u64 key = order_key(z, row);
+            if (key < kept || key >> shift >> 8 != prefix) continue;
+            u32 digit = (u32)(key >> shift) & (BINS - 1);
+            atomicAdd(shared.count + digit, 1u);
+            if (by_mass) {
+                u64 mass = mass_of(z);
+                atomicAdd(shared.low + digit, (u32)mass & ((1u << MASS_LOW_BITS) - 1));
+                atomicAdd(shared.high + digit, (u32)(mass >> MASS_LOW_BITS));
             }
         }
         consumer_barrier();
@@ -130,6 +129,7 @@ __device__ __forceinline__ u64 cut(Consumer& c, const SamplingArguments& s, Sele
     u64 prefix = 0;
     u32 pass = *passes;
     int shift = KEY_BITS;
+#pragma unroll 1
     while (true) {
         shift -= 8;
         Histogram* histogram = histograms->turns + pass % 3;

@@ -26,7 +26,7 @@ from onekernel.gpu.layout import (
     Layout,
 )
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory, copy_rows
-from onekernel.gpu.sampling import DeviceSampling, SamplingArguments
+from onekernel.gpu.sampling import DeviceSampling, SamplingArguments, is_plain
 from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler, damaged
 
@@ -216,14 +216,13 @@ class Decoder:
             BackendError, InvalidRequest: as Sampler.choose.
         """
         self.consume(state, tokens[:-1])
-        arguments = self.sampling.arguments(sampler, self.stream)
-        logits = self.last_logits if arguments.active else None
-        self._start(state, tokens[-1:], max_tokens, stop_tokens, logits, sampling=arguments)
+        plain = is_plain(sampler.params)
+        self._start(state, tokens[-1:], max_tokens, stop_tokens, None if plain else self.last_logits, sampler=sampler)
         try:
             for made, word in enumerate(self._outputs(max_tokens)):
                 if failure := word >> FAILURE_SHIFT & 7:
                     self._finish(state)
-                    raise self._no_token(state, sampler, failure, bool(arguments.active))
+                    raise self._no_token(state, sampler, failure, has_logits=not plain)
                 token = self.sampling.sampled(sampler.params, word & (1 << FAILURE_SHIFT) - 1, made)
                 sampler.record(token.id)
                 yield token
@@ -247,7 +246,7 @@ class Decoder:
         stop_tokens: frozenset[int] = frozenset(),
         logits: DeviceBuffer | None = None,
         all_logits: bool = False,
-        sampling: SamplingArguments | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         from cuda.bindings import driver
 
@@ -286,7 +285,7 @@ class Decoder:
             no_head=max_tokens == 0,
             stop_count=len(stops),
             stop_tokens=(ctypes.c_int * MOST_STOP_TOKENS)(*stops),
-            sampling=sampling or SamplingArguments(active=0),
+            sampling=self.sampling.arguments(sampler, self.stream) if sampler else SamplingArguments(active=0),
         )
         given = np.asarray(tokens, np.int32)
         check(driver.cuMemcpyHtoDAsync(self.tokens.address, given.ctypes.data, given.nbytes, self.stream))

@@ -24,26 +24,29 @@ __device__ __forceinline__ Candidate draw(const Consumer& c, const SamplingArgum
 }
 
 // This thread's candidate, now that the highest score is known.
-__device__ __forceinline__ Candidate sample_rows(Consumer& c, const SamplingArguments& s, SelectScratch& shared, u32* passes, float highest, u64 position) {
+__device__ __forceinline__ Candidate sample_rows(Consumer& c, const SamplingArguments& s, SelectScratch& shared, u32* passes,
+                                                 float highest, u64 position) {
     c.enter(PHASE_SAMPLING, LAYERS);
     temper_rows(c, s, highest);
     u64 kept = 0;
 #pragma unroll 1
-    for (int by_mass = 0; by_mass < 2; ++by_mass)
-        if (by_mass ? s.top_p < 1.0 : s.top_k > 0 && s.top_k < VOCABULARY_SIZE) kept = cut(c, s, shared, passes, by_mass, s.top_k, kept);
+    for (int by_mass = 0; by_mass < 2; ++by_mass) {
+        bool wanted = by_mass ? s.top_p < 1.0 : s.top_k > 0 && s.top_k < VOCABULARY_SIZE;
+        if (wanted) kept = cut(c, s, shared, passes, by_mass, s.top_k, kept);
+    }
     return draw(c, s, kept, position);
 }
 
 // The token of this step. Called by all consumer warps; every thread of every block returns the same.
-// `sampling`: null to take the highest logit. `best`: this thread's candidate from the LM head. `made` counts the tokens of
-// this launch before this one, which will stand at `position`.
-__device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, const SamplingArguments* sampling, Candidate best, SamplingScratch& shared,
-                                         Candidate* shared_best, u32* passes, int step, int made, int position, u32 flags, u32 tag) {
+// `sampling`: null to take the highest logit. `best`: this thread's candidate from the LM head. `made` counts the tokens
+// of this launch before this one, which will stand at `position`.
+__device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, const SamplingArguments* sampling, Candidate best,
+                                         SamplingScratch& shared, Candidate* shared_best, u32* passes, int step, int made,
+                                         int position, u32 flags, u32 tag) {
     u64* lists = sampling ? sampling->lists + (step & 1) * BLOCKS * LIST_WORDS : nullptr;
-    if (sampling) {
-        consumer_barrier();  // the block's scores and logits are written
-        if (sampling->logprobs >= 0) publish_logprobs(c, a.logits, shared.logprobs, sampling->logprobs, lists + c.block * LIST_WORDS);
-    }
+    int logprobs = sampling ? sampling->logprobs : -1;
+    if (sampling) consumer_barrier();  // the block's scores and logits are written
+    if (logprobs >= 0) publish_logprobs(c, a.logits, shared.logprobs, logprobs, lists + c.block * LIST_WORDS);
     u64* candidates = a.candidates + (step & 1) * BLOCKS;
     Choice choice;
 #pragma unroll 1
@@ -57,7 +60,7 @@ __device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, 
     if (!sampling || choice.failure()) return choice;
     u32* counts = sampling->counts;
     if (counts && c.thread == 0 && OwnRows(c.block).own(choice.token)) counts[choice.token] = (counts[choice.token] + 1) | 1u << 31;
-    if (sampling->logprobs >= 0 && c.block == 0)
-        report_logprobs(c, a.logits, shared.logprobs, sampling->logprobs, lists, choice.token, sampling->records + made % OUTPUT_RING * RECORD_WORDS);
+    u64* record = sampling->records + made % OUTPUT_RING * RECORD_WORDS;
+    if (logprobs >= 0 && c.block == 0) report_logprobs(c, a.logits, shared.logprobs, logprobs, lists, choice.token, record);
     return choice;
 }

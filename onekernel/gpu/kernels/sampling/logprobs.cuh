@@ -40,7 +40,8 @@ __device__ __forceinline__ void merge_lists(int lane, int count, const u64* list
 }
 
 // Leaves this block's share for block 0, which may read it once the token is chosen.
-__device__ __forceinline__ void publish_logprobs(const Consumer& c, const float* logits, LogprobScratch& shared, int count, u64* list) {
+__device__ __forceinline__ void publish_logprobs(const Consumer& c, const float* logits, LogprobScratch& shared, int count,
+                                                 u64* list) {
     OwnRows rows(c.block);
     float highest = __uint_as_float(0xFF800000u), sum = 0;
 #pragma unroll 4
@@ -75,12 +76,13 @@ __device__ __forceinline__ void publish_logprobs(const Consumer& c, const float*
 }
 
 // Block 0, behind the choice of the token: the record for the host, [highest and sum, the token's logit, keys].
-__device__ __forceinline__ void report_logprobs(const Consumer& c, const float* logits, LogprobScratch& shared, int count, const u64* lists,
-                                                u32 token, u64* record) {
+__device__ __forceinline__ void report_logprobs(const Consumer& c, const float* logits, LogprobScratch& shared, int count,
+                                                const u64* lists, u32 token, u64* record) {
     static_assert(BLOCKS <= CONSUMERS, "one list a thread");
     const u64* own = c.thread < BLOCKS ? lists + c.thread * LIST_WORDS + 1 : nullptr;
     int at = 0;
-    warp_largest(c.lane, count, shared.lists[c.warp], [&](u64) { return own && at < count ? load_relaxed64(own + at++) : 0ull; });
+    auto next = [&](u64) { return own && at < count ? load_relaxed64(own + at++) : 0ull; };
+    warp_largest(c.lane, count, shared.lists[c.warp], next);
     consumer_barrier();
     if (c.warp != 0) return;
     merge_lists(c.lane, count, c.lane < CONSUMER_WARPS ? shared.lists[c.lane] : nullptr, record + 2);

@@ -20,7 +20,9 @@ __device__ __forceinline__ u64 order_key(float z, int id) {
 }
 
 // Probability relative to that of the most probable token, in units of 2^-MASS_BITS.
-__device__ __forceinline__ u64 mass_of(float z) { return __float2ull_rz(multiply_rounded(elementary_exp(z), (float)(1ull << MASS_BITS))); }
+__device__ __forceinline__ u64 mass_of(float z) {
+    return __float2ull_rz(multiply_rounded(elementary_exp(z), (float)(1ull << MASS_BITS)));
+}
 
 // Over all blocks, in global memory; zeroed by the host before the launch. Three take turns: while one is filled and
 // read, nobody uses the one before it any more, which the pass after next will fill.
@@ -57,6 +59,7 @@ __device__ __forceinline__ void meet(Consumer& c, u32* arrived, u32 target) {
     consumer_barrier();
 }
 
+// This block's part of a pass.
 __device__ __forceinline__ void count_rows(const Consumer& c, const SamplingArguments& s, SelectScratch& shared, Histogram* histogram,
                                            bool by_mass, u64 kept, u64 prefix, int shift) {
     OwnRows rows(c.block);
@@ -98,8 +101,8 @@ __device__ __forceinline__ u64 warp_inclusive_sum(u64 v, int lane) {
 
 // The bin in which the summed weights, from the highest bin down, reach the target. On the first pass of top_p the target
 // is the share `top_p` of them all.
-__device__ __forceinline__ Bin find_bin(const Consumer& c, SelectScratch& shared, const Histogram* histogram, bool by_mass, u64 target,
-                                        bool first_pass, double top_p) {
+__device__ __forceinline__ Bin find_bin(const Consumer& c, SelectScratch& shared, const Histogram* histogram, bool by_mass,
+                                        u64 target, bool first_pass, double top_p) {
     u32 digit = BINS - 1 - c.thread;
     u32 count = load_relaxed(histogram->count + digit);
     u64 weight = by_mass ? load_relaxed64(histogram->mass + digit) : count;
@@ -124,7 +127,8 @@ __device__ __forceinline__ Bin find_bin(const Consumer& c, SelectScratch& shared
 // The least key that remains when, of the tokens with keys from `kept` on, the first in the order are taken: `target` of
 // them (by_mass: as many as have the share `top_p` of their total probability). `passes`, shared by the block's threads,
 // counts those of the launch.
-__device__ __forceinline__ u64 cut(Consumer& c, const SamplingArguments& s, SelectScratch& shared, u32* passes, bool by_mass, u64 target, u64 kept) {
+__device__ __forceinline__ u64 cut(Consumer& c, const SamplingArguments& s, SelectScratch& shared, u32* passes, bool by_mass,
+                                   u64 target, u64 kept) {
     Histograms* histograms = (Histograms*)s.histograms;
     u64 prefix = 0;
     u32 pass = *passes;

@@ -28,7 +28,9 @@ __device__ __forceinline__ void temper_rows(const Consumer& c, const SamplingArg
 #pragma unroll
         for (int i = 0; i < 4; ++i) score[i] = row + i * CONSUMERS < rows.end ? s.scores[row + i * CONSUMERS] : 0.0f;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + i * CONSUMERS < rows.end) s.scores[row + i * CONSUMERS] = divide_rounded(subtract_rounded(score[i], highest), s.temperature);
+        for (int i = 0; i < 4; ++i) {
+            float z = divide_rounded(subtract_rounded(score[i], highest), s.temperature);
+            if (row + i * CONSUMERS < rows.end) s.scores[row + i * CONSUMERS] = z;
+        }
     }
 }

@@ -17,7 +17,7 @@ from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
-from onekernel.sampling.params import SampledToken, SamplingParams
+from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler
 
 TOKENS_PER_LAUNCH = 256
@@ -53,7 +53,7 @@ def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
 
 
 class CudaBackend(StepwiseBackend[State]):
-    """Greedy generation runs ahead on the GPU, many tokens a launch; other sampling takes one launch a token yet."""
+    """Generation runs ahead on the GPU, many tokens a launch, sampling included."""
 
     name = "cuda"
     runs_ahead = True
@@ -97,20 +97,20 @@ class CudaBackend(StepwiseBackend[State]):
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
     ) -> Generator[SampledToken, None, None]:
-        if not on_device(sampler.params) or len(stop_tokens) > MOST_STOP_TOKENS:
+        if len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
         while max_tokens > 0:
             # The last token of a launch is not consumed by it, so it may stand right behind the end of the context.
             room = self.max_context - state.position - len(tokens) + 1
             count = min(max_tokens, room, TOKENS_PER_LAUNCH)
-            with closing(self.decoder.greedy(state, tokens, count, stop_tokens)) as made:
+            with closing(self.decoder.generate(state, tokens, sampler, count, stop_tokens)) as made:
                 for token in made:
-                    yield SampledToken(token)
+                    yield token
             max_tokens -= count
-            if token in stop_tokens or count == room:
+            if token.id in stop_tokens or count == room:
                 return
-            tokens = [token]
+            tokens = [token.id]
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
@@ -130,14 +130,3 @@ class CudaBackend(StepwiseBackend[State]):
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
-
-
-def on_device(sampling: SamplingParams) -> bool:
-    """Whether the kernel itself can choose the tokens."""
-    return (
-        sampling.greedy
-        and sampling.logprobs is None
-        and not sampling.logit_bias
-        and sampling.presence_penalty == sampling.frequency_penalty == 0
-        and sampling.repetition_penalty == 1
-    )

@@ -12,12 +12,23 @@ import numpy as np
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import Weights
 from onekernel.errors import BackendError, NotEnoughMemory
-from onekernel.gpu import parameters, tape
+from onekernel.gpu import parameters, sampling, tape
 from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import LOST, check
 from onekernel.gpu.kernel import DecodeKernel
-from onekernel.gpu.layout import MARKS_OF_A_BLOCK, MOST_STOP_TOKENS, OUTPUT_RING, PHASES, DecodeArguments, Layout
+from onekernel.gpu.layout import (
+    FAILURE_SHIFT,
+    MARKS_OF_A_BLOCK,
+    MOST_STOP_TOKENS,
+    OUTPUT_RING,
+    PHASES,
+    DecodeArguments,
+    Layout,
+)
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory, copy_rows
+from onekernel.gpu.sampling import DeviceSampling, SamplingArguments, is_plain
+from onekernel.sampling.params import SampledToken
+from onekernel.sampling.sampler import Sampler, damaged
 
 MOST_GIVEN = 4096  # tokens of a prompt in one launch
 FIRST_CAPACITY = 4096  # positions that a new state's KV cache has room for
@@ -63,6 +74,7 @@ def memory_needed(shape: Shape, layout: Layout) -> int:
     """Bytes of GPU memory for the model and one timeline at its first capacity."""
     fixed = tape.plan(shape, layout.blocks).nbytes + (0 if shape.tied else 2 * shape.vocab * shape.hidden)
     scratch = 8 * layout.channel_words + 4 * shape.vocab + FIRST_CAPACITY * shape.rotary_dim * 4
+    scratch += sampling.memory_needed(shape.vocab, layout.blocks)
     return fixed + scratch + recurrent_bytes(shape) + cache_bytes(shape, FIRST_CAPACITY)
 
 
@@ -113,8 +125,9 @@ class Decoder:
             self.embedding = DeviceBuffer.of(np.ascontiguousarray(tape.rows_of(weights, matrix, half)))
         self.parameters = DeviceBuffer.of(parameters.pack(weights, shape))
         self.exchange = DeviceBuffer(8 * layout.channel_words)
-        self.candidates = DeviceBuffer(16 * layout.blocks)
-        self.last_logits = DeviceBuffer(4 * shape.vocab)
+        self.candidates = DeviceBuffer(32 * layout.blocks)
+        self.last_logits = DeviceBuffer(4 * (shape.vocab + 7))  # the kernel reads whole groups of rows
+        self.sampling = DeviceSampling(shape.vocab, layout.blocks, OUTPUT_RING)
         self.tokens = DeviceBuffer(4 * MOST_GIVEN)
         self.rope = DeviceBuffer(0)
         self.mapped = MappedMemory(OUTPUT_RING + 3)
@@ -211,20 +224,39 @@ class Decoder:
         self._finish(state)
         return self.last_logits.read(np.float32, self.shape.vocab)
 
-    def greedy(
-        self, state: State, tokens: Sequence[int], max_tokens: int, stop_tokens: frozenset[int]
-    ) -> Generator[int, None, None]:
+    def generate(
+        self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
+    ) -> Generator[SampledToken, None, None]:
         """Consume `tokens`, then yield at most `max_tokens` (at most OUTPUT_RING), as the one launch makes them.
 
-        Every token but the last is consumed as well. Closing the iterator stops the launch within one token.
+        Every token but the last is consumed as well; `sampler` is told each. Closing the iterator stops the launch
+        within one token.
+
+        Raises:
+            BackendError, InvalidRequest: as Sampler.choose.
         """
         self.consume(state, tokens[:-1])
-        self._start(state, tokens[-1:], max_tokens, stop_tokens)
+        plain = is_plain(sampler.params)
+        self._start(state, tokens[-1:], max_tokens, stop_tokens, None if plain else self.last_logits, sampler=sampler)
         try:
-            yield from self._outputs(max_tokens)
+            for made, word in enumerate(self._outputs(max_tokens)):
+                if failure := word >> FAILURE_SHIFT & 7:
+                    self._finish(state)
+                    raise self._no_token(state, sampler, failure, has_logits=not plain)
+                token = self.sampling.sampled(sampler.params, word & (1 << FAILURE_SHIFT) - 1, made)
+                sampler.record(token.id)
+                yield token
         finally:
             self.mapped.words[CANCEL] = 1
             self._finish(state)
+
+    def _no_token(self, state: State, sampler: Sampler, failure: int, has_logits: bool) -> BackendError:
+        """Why the launch that ended could not choose a token; raises InvalidRequest if the request is to blame."""
+        if has_logits:
+            # The reference has the words for it.
+            sampler.choose(self.last_logits.read(np.float32, self.shape.vocab), state.position)
+            return BackendError("the scores of the tokens are too large for float32: use smaller penalties")
+        return damaged((float("nan"), float("inf"), float("-inf"))[failure - 1], state.position)
 
     def _start(
         self,
@@ -234,6 +266,7 @@ class Decoder:
         stop_tokens: frozenset[int] = frozenset(),
         logits: DeviceBuffer | None = None,
         all_logits: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         from cuda.bindings import driver
 
@@ -274,6 +307,7 @@ class Decoder:
             no_head=max_tokens == 0,
             stop_count=len(stops),
             stop_tokens=(ctypes.c_int * MOST_STOP_TOKENS)(*stops),
+            sampling=self.sampling.arguments(sampler, self.stream) if sampler else SamplingArguments(active=0),
         )
         given = np.asarray(tokens, np.int32)
         check(driver.cuMemcpyHtoDAsync(self.tokens.address, given.ctypes.data, given.nbytes, self.stream))
@@ -324,5 +358,6 @@ class Decoder:
                 buffer.free()
         for buffer in (self.candidates, self.last_logits, self.tokens, self.rope, self.timeline):
             buffer.free()
+        self.sampling.free()
         self.mapped.free()
         self.kernel.unload()

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from onekernel.checkpoint.shape import FULL, Shape
 from onekernel.errors import NotEnoughMemory, UnsupportedModel
+from onekernel.gpu import sampling
+from onekernel.gpu.sampling import SamplingArguments
+from onekernel.gpu.structure import ctypes_fields, source_of
 
 CONSUMER_WARPS = 8
 ROW_GROUP = 8  # rows of a weight matrix that are multiplied together
@@ -22,6 +25,7 @@ BATCH_GROUPS = (16, 8)  # row groups summed behind one barrier; fewer where shar
 LEAST_STAGES, COMFORTABLE_STAGES, MOST_STAGES = 2, 4, 12
 MOST_TILES_IN_REGISTERS = 16  # of a warp's slice of the input vector; longer ones are read from shared memory
 OUTPUT_RING = 1024  # tokens that one launch may make
+FAILURE_SHIFT = 28  # of a word of the output ring: above the token, why none could be chosen (head.cuh)
 MOST_STOP_TOKENS = 8
 MOST_SPLITS = 64  # parts of the context that attention is split into
 SHARED_RESERVED = 1024  # bytes of a block's shared memory that the system takes, and alignment
@@ -76,7 +80,7 @@ class Layout:
     def splits(self) -> int:
         return min(MOST_SPLITS, self.blocks // self.shape.kv_heads)
 
-    def constants(self) -> dict[str, int | float | bool]:
+    def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
         """Names and values as the kernel sources use them."""
         s = self.shape
         return {
@@ -116,6 +120,8 @@ class Layout:
             "BLOCKS": self.blocks,
             "MAX_SPLITS": self.splits,
             "OUTPUT_RING": OUTPUT_RING,
+            "FAILURE_SHIFT": FAILURE_SHIFT,
+            **sampling.CONSTANTS,
             "TIMELINE": self.timeline,
             "MARKS_OF_A_BLOCK": MARKS_OF_A_BLOCK,
             "DEAD_BLOCK": self.dead_block,
@@ -192,6 +198,7 @@ PHASES = {
     "ATTENTION": "attention",
     "MERGE": "the parts of attention",
     "TOKEN": "the token",
+    "SAMPLING": "the choice among all tokens",
 }
 # Moments that the timeline records (primitive/timeline.cuh).
 MARKS = ("TOKEN", "RECEIVED", "MULTIPLIED", "SUMMED", "PUBLISHED", "ATTENDED", "HEAD")
@@ -218,10 +225,10 @@ class DecodeArguments(ctypes.Structure):
         ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
         ("unsigned char*", "state"),  # see state.cuh
         ("unsigned int*", "exchange"),  # two copies of the channels, zeroed before the launch
-        ("unsigned long long*", "candidates"),  # [2, BLOCKS], zeroed before the launch
-        ("float*", "logits"),  # [VOCAB], or [steps, VOCAB] with all_logits, or null
+        ("unsigned long long*", "candidates"),  # [4, BLOCKS], zeroed before the launch
+        ("float*", "logits"),  # [VOCAB], or [steps, VOCAB] with all_logits, or null; [VOCAB] when sampling is active
         ("const int*", "tokens"),  # [given]
-        ("unsigned long long*", "output"),  # host [OUTPUT_RING]: count << 32 | last << 31 | token
+        ("unsigned long long*", "output"),  # host [OUTPUT_RING]: count << 32 | last << 31 | failure << 28 | token
         ("unsigned long long*", "consumed"),  # host: 1 << 63 | steps that ran, at the end
         ("unsigned long long*", "report"),  # host: where a wait ran out
         ("const unsigned int*", "cancel"),  # host: not 0 to stop after the current token
@@ -236,21 +243,10 @@ class DecodeArguments(ctypes.Structure):
         ("int", "no_head"),  # 1: nothing is sampled after the last given token
         ("int", "stop_count"),
         ("int", f"stop_tokens[{MOST_STOP_TOKENS}]"),
+        ("SamplingArguments", "sampling"),
     )
-    _fields_ = [
-        (
-            name.split("[")[0],
-            ctypes.c_int * MOST_STOP_TOKENS
-            if "[" in name
-            else ctypes.c_int
-            if kind == "int"
-            else ctypes.c_uint64,
-        )
-        for kind, name in _FIELDS_IN_C
-    ]  # fmt: skip
+    _fields_ = ctypes_fields(_FIELDS_IN_C, SamplingArguments)
 
     @classmethod
     def source(cls) -> str:
-        return "\n".join(
-            ["struct DecodeArguments {", *(f"    {kind} {name};" for kind, name in cls._FIELDS_IN_C), "};"]
-        )
+        return f"{source_of(SamplingArguments)}\n{source_of(cls)}"

@@ -9,6 +9,7 @@
 #include "layer/attention.cuh"
 #include "layer/mlp.cuh"
 #include "layer/head.cuh"
+#include "sampling/choose.cuh"
 
 constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
 
@@ -16,15 +17,17 @@ struct Shared {
     alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
     u64 full[RING_STAGES];
     u64 empty[RING_STAGES * (CONSUMER_WARPS + 1) / 2];
-    union {  // attention begins when its projections are done, and ends before its output arrives
+    union {  // attention and sampling begin when the last matrix is done, and end before the next input arrives
         alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
         AttentionScratch attention;
+        SamplingScratch sampling;
     };
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
     Candidate best[CONSUMER_WARPS];
     volatile u32 finished;
+    u32 passes;  // of sampling, in this launch
 };
 static_assert(sizeof(Shared) <= SHARED_MEMORY, "Layout.plan counts less shared memory than the kernel uses");
 
@@ -155,7 +158,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        bool stop_requested = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0;
+        u32 flags = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0 ? STOP_REQUESTED : 0;
 
         c.enter(PHASE_INPUT, 0);
         c.timeline.start_token(a.timeline, c.block);
@@ -202,22 +205,24 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         c.enter(PHASE_TOKEN, LAYERS);
         c.mark(MARK_HEAD);
         u32 tag = tag_of(step);
-        HeadFinish finish{&c, nullptr, {0, 0xFFFFFu}};
-        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         bool sample = step >= a.given - 1 + a.no_head;
+        const SamplingArguments* sampling = sample && a.sampling.active ? &a.sampling : nullptr;
+        HeadFinish finish{&c, nullptr, sampling, {0, 0xFFFFFu}};
+        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, stop_requested, tag);
+        Choice choice = choose(c, a, sampling, finish.best, shared.sampling, shared.best, &shared.passes, step, made, position + 1, flags, tag);
         c.mark(MARK_TOKEN);
         if (sample) {
             token = (int)choice.token;
             ++made;
-            last = made == a.max_tokens || choice.stop;
+            u32 failure = choice.failure();
+            last = made == a.max_tokens || choice.flags || failure;
             for (int i = 0; i < a.stop_count; ++i) last |= token == a.stop_tokens[i];
             if (c.block == 0 && c.thread == 0)
-                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1ull << 31 : 0) | (u32)token);
+                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1u << 31 : 0) | failure << FAILURE_SHIFT | (u32)token);
         } else {
-            last = choice.stop;
+            last = choice.flags;
         }
     }
     if (c.block == 0 && c.thread == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
@@ -232,6 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (threadIdx.x == 0) {
         ring_init(ring);
         shared.finished = 0;
+        shared.passes = 0;
     }
     __syncthreads();
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {

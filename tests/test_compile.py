@@ -24,9 +24,9 @@ from onekernel.gpu.layout import Layout
 
 pytest.importorskip("cuda.core")
 
-# What differs between architectures is the instructions (sm_75, sm_80 and later, sm_90 and later) and the room: registers
-# of a thread, stages of the ring. So one size is compiled for all, each size for one chip with little and one with much
-# room, and the sizes that need most where there is least. `onekernel compile --arch all` does the rest.
+# What differs between architectures is the instructions (sm_75, from sm_80 on, from sm_90 on) and the room: registers
+# of a thread, stages of the ring. So one size is compiled for all, each size for a chip with little room and one with
+# much, and the sizes that need most where there is least. `onekernel compile --arch all` does the rest.
 CASES = [
     *(("0.8b", arch) for arch in ARCHITECTURES),
     *((name, arch) for name in ("demo", "2b", "4b", "9b", "27b") for arch in ("sm_86", "sm_90a")),

@@ -21,12 +21,25 @@ from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import Layout
 from onekernel.reference.parameters import Parameters
 
+HERE = Path(__file__).parent
+# What takes longest, in this order, for run.py, which runs files side by side; then the rest.
+LONGEST = ("test_soak.", "test_logits.", "[27b]", "[9b]", "test_determinism.", "test_demo_", "[4b]", "test_sampling.")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.is_relative_to(HERE):
+        item.add_marker(pytest.mark.gpu)
+        if item.path.stem != "test_sizes":  # its tests share nothing; the others share their file's models
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.gpu)
+    def rank(item: pytest.Item) -> int:
+        name = item.nodeid.split("/")[-1]
+        return next((i for i, part in enumerate(LONGEST) if part in name), len(LONGEST))
+
+    if all(item.path.is_relative_to(HERE) for item in items):
+        items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

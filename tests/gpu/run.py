@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Recorder:
         if report.when != "call" and report.outcome == "passed":
             return
         entry: dict[str, Any] = {
-            "name": report.nodeid.removeprefix("tests/gpu/"),
+            "name": report.nodeid.removeprefix("tests/gpu/").rsplit("@", 1)[0],  # xdist adds its group
             "outcome": report.outcome,
             "seconds": round(report.duration, 2),
         }
@@ -58,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--soak-tokens", type=int, default=1_000_000, help="tokens of the soak (default 1,000,000)")
     parser.add_argument("--sanitizer", action="store_true", help="run compute-sanitizer's four tools, too")
-    parser.add_argument("--processes", type=int, default=1, help="test files to run at once; they share the GPU")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the GPU")
     parser.add_argument("--output", type=Path, help="file of the report (default benchmarks/gpu/<gpu>.json)")
     arguments, rest = parser.parse_known_args()
 
@@ -69,8 +70,11 @@ def main() -> int:
     # Other versions of PyTorch and Transformers may warn of other things.
     options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
     if arguments.processes > 1:
-        options += ["-n", str(arguments.processes), "--dist", "loadfile"]
-    code = pytest.main([str(HERE), *options, *rest], plugins=[recorder])
+        options += ["-n", str(arguments.processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.processes)))
+    with ThreadPoolExecutor(1) as beside:
+        sanitizer = beside.submit(_sanitize) if arguments.sanitizer else None
+        code = pytest.main([str(HERE), *options, *rest], plugins=[recorder])
     report: dict[str, Any] = {
         "gpu": gpu.name,
         "compute_capability": ".".join(map(str, gpu.capability)),
@@ -87,8 +91,8 @@ def main() -> int:
         "summary": Counter(test["outcome"] for test in recorder.tests),
         "tests": recorder.tests,
     }
-    if arguments.sanitizer:
-        report["sanitizer"] = _sanitize()
+    if sanitizer:
+        report["sanitizer"] = sanitizer.result()
         code = code or any(not tool["clean"] for tool in report["sanitizer"].values())
     path = arguments.output or REPORTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

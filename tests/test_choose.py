@@ -9,6 +9,7 @@ import pytest
 
 from onekernel.backend import choose, cuda
 from onekernel.checkpoint.sizes import SIZES
+from onekernel.cli import main
 from onekernel.errors import BackendError, InvalidRequest, NotEnoughMemory, UnsupportedModel
 from onekernel.gpu.device import Gpu
 
@@ -111,6 +112,15 @@ def test_loading_goes_to_the_chosen_backend(with_gpu, monkeypatch, tmp_path) -> 
     monkeypatch.setattr(cuda.CudaBackend, "load", lambda *arguments: asked.append(arguments))
     choose.load_backend("auto", tmp_path, SIZES["0.8b"], 248_077, 100)
     assert asked == [(tmp_path, SIZES["0.8b"], 248_077, 100)]
+
+
+def test_doctor_says_which_backend_and_why(with_gpu, capsys) -> None:
+    with_gpu(made_up())
+    assert main(["doctor"]) == 0
+    assert "backend                 cuda: NVIDIA Test, 10.0 GiB free\n" in capsys.readouterr().out
+    with_gpu(BackendError("there is no NVIDIA driver on this machine"))
+    assert main(["doctor"]) == 0
+    assert "backend                 cpu: there is no NVIDIA driver on this machine\n" in capsys.readouterr().out
 
 
 def test_unknown_backend_is_refused() -> None:

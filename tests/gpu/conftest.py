@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from onekernel.checkpoint import hub
@@ -98,14 +97,3 @@ def demo(gpu: Gpu, demo_weights: Weights, demo_shape: Shape, demo_folder: Path) 
     decoder = Decoder(gpu, Layout.plan(demo_shape, vocabulary_size, gpu.sm_count, gpu.shared_memory), demo_weights)
     yield decoder
     decoder.close()
-
-
-def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Norm of the difference over norm of the reference."""
-    assert ours.shape == reference.shape
-    difference = np.linalg.norm(ours.astype(np.float64) - reference)
-    return float(difference / np.linalg.norm(reference.astype(np.float64)))
-
-
-def random_tokens(shape: Shape, count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, shape.vocab, count).tolist()

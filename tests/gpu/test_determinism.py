@@ -8,7 +8,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from conftest import random_tokens
+from measures import random_tokens
 from random_model import random_weights, shortened
 from state_parts import state_bytes
 

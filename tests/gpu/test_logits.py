@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import random_tokens, relative_error
+from measures import random_tokens, relative_error
 from random_model import SIZES, VOCABULARY_SIZE
 
 from onekernel.checkpoint.safetensors import Tensor

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import random_tokens, relative_error
+from measures import random_tokens, relative_error
 from random_model import SIZES, random_weights, shortened
 from state_parts import errors
 

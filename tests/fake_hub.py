@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -119,7 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.server.stalled.set()
             if self.server.stall:
-                self.connection.recv(1)  # until the other side has gone
+                with contextlib.suppress(ConnectionError):
+                    self.connection.recv(1)  # until the other side has gone
             else:
                 self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True

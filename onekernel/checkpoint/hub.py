@@ -45,7 +45,10 @@ class LocalModel:
 
 
 def resolve(model: str, *, download: bool = True) -> Path:
-    """The folder of `model`, downloading what is missing (with a progress bar; an interrupted download resumes).
+    """The folder of `model`, downloading what is missing.
+
+    With a progress bar. A connection that breaks is taken up where it broke; files that are complete are never
+    downloaded again, so a download that was interrupted goes on with the next file.
 
     Args:
         model: "demo", the path of a folder, or a hub name "owner/name", with "@revision" if wanted.
@@ -175,6 +178,13 @@ def list_models() -> list[LocalModel]:
         if snapshots.is_dir():
             models += [_local(name, folder) for folder in sorted(snapshots.iterdir()) if folder.is_dir()]
     return models
+
+
+def partial_files() -> set[Path]:
+    """The files in the hub cache that downloads, running or killed, have not completed."""
+    from huggingface_hub import constants
+
+    return set(Path(os.path.expanduser(constants.HF_HUB_CACHE)).glob("models--*/blobs/*.incomplete"))
 
 
 def _local(name: str, folder: Path) -> LocalModel:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onekernel.api import Model
     from onekernel.stream import Completion
+
+INTERRUPTED = 130  # exit code: the shell's 128 + SIGINT
 
 # flag, type, metavar, help. The flag is the name of the field of SamplingParams, which checks the range.
 SAMPLING: tuple[tuple[str, type, str, str], ...] = (
@@ -38,12 +45,36 @@ def load_model(arguments: argparse.Namespace) -> Model:
     """The model that the options of `add_model` name; says on standard error what it takes."""
     from onekernel import api
 
-    return api.load(
-        arguments.model,
-        backend=arguments.backend,
-        max_context=arguments.max_context,
-        report=lambda line: print(line, file=sys.stderr),
-    )
+    with exit_at_interrupt():
+        return api.load(
+            arguments.model,
+            backend=arguments.backend,
+            max_context=arguments.max_context,
+            report=lambda line: print(line, file=sys.stderr),
+        )
+
+
+@contextlib.contextmanager
+def exit_at_interrupt() -> Iterator[None]:
+    """Within it, ctrl-C ends the program at once.
+
+    A download runs in threads, which Python would wait for until they are done. Files that are complete are kept.
+    """
+    from onekernel.checkpoint import hub
+
+    before = hub.partial_files()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for path in hub.partial_files() - before:  # they would never be used again
+            path.unlink(missing_ok=True)
+        os.write(sys.stderr.fileno(), b"\nonekernel: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    usual = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

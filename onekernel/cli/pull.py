@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from onekernel.cli import options
+
 SUMMARY = "download a model, or finish a download that broke off"
 EXAMPLES = ("onekernel pull Qwen/Qwen3.5-0.8B",)
 
@@ -15,5 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from onekernel.checkpoint import hub
 
-    print(hub.resolve(arguments.model))
+    with options.exit_at_interrupt():
+        folder = hub.resolve(arguments.model)
+    print(folder)
     return 0

@@ -11,7 +11,8 @@ EXAMPLES = ("onekernel pull Qwen/Qwen3.5-0.8B",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a name on the Hugging Face hub")
+    parser.add_argument("model", metavar="MODEL", help="a name on the Hugging Face hub, or NAME@REVISION")
+    parser.epilog = f"{parser.epilog}\n\nHF_HOME, HF_TOKEN and HF_HUB_OFFLINE are respected."
 
 
 def run(arguments: argparse.Namespace) -> int:

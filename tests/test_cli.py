@@ -284,10 +284,13 @@ def test_input_that_is_not_utf_8_is_refused(random_folder: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows delivers ctrl-C to the whole console")
 def test_ctrl_c_ends_a_generation_and_keeps_what_was_printed() -> None:
     process = onekernel_process("generate", "def f(", "--max-tokens", "20000", "--backend", "cpu")
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
 

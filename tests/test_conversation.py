@@ -71,6 +71,21 @@ def test_a_question_that_does_not_fit_leaves_no_trace(make_model: MakeModel) -> 
     assert conversation.messages == messages
 
 
+def test_a_question_that_does_not_fit_costs_the_next_one_nothing(make_model: MakeModel) -> None:
+    """The question alone would fit, but not with the opening of the answer: what was read before is still of use."""
+    model = make_model(["hello", "fine"], max_context=200)
+    conversation = Conversation(model, SamplingParams())
+    ask(conversation, "x" * 60)
+    limit = len(model.tokenizer.encode(model.render([*conversation.messages, {"role": "user", "content": ""}])))
+    with pytest.raises(InvalidRequest, match="context of 200"):
+        ask(conversation, "y" * (200 - limit))
+    with model.engine.exclusive() as backend:
+        before = backend.consumed_in_all  # type: ignore[attr-defined]
+    assert ask(conversation, "so?") == "fine"
+    with model.engine.exclusive() as backend:
+        assert backend.consumed_in_all - before < 60  # type: ignore[attr-defined]
+
+
 def test_a_backend_that_fails_while_reading_leaves_no_trace(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,8 +236,16 @@ def test_a_restored_state_goes_on_bit_for_bit_whatever_the_original_did(
     snapshot = backend.snapshot(state)
     go(state, detour, 200)
     first, second = backend.restore(snapshot), backend.restore(snapshot)
-    go(first, detour, 300)
-    assert go(second, steps[at:], 100) == expected
+    backend.prefill(second, prompt(3, seed=400))
+    backend.prefill(first, prompt(4, seed=401))  # at the same positions as the other one
+    following = [backend.logits(state, [7]) for state in (second, first)]
+    for state, tokens, logits in zip(
+        (second, first), (prompt(3, seed=400), prompt(4, seed=401)), following, strict=True
+    ):
+        alone = backend.restore(snapshot)
+        backend.prefill(alone, tokens)
+        np.testing.assert_array_equal(backend.logits(alone, [7]), logits)
+        assert state.position == alone.position
     assert go(backend.restore(snapshot), steps[at:], 100) == expected
 
 

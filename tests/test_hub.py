@@ -115,11 +115,14 @@ def test_an_interrupted_pull_can_be_finished_by_another_one(fake_hub: FakeHub, t
     fake_hub.cut_after["model.safetensors-00001-of-00002.safetensors"] = 2 * CHUNK + 5
     fake_hub.stall = True
     process = start(fake_hub, tmp_path)
-    assert fake_hub.stalled.wait(60)
-    while len(list(tmp_path.rglob("snapshots/*/*"))) < len(NEEDED) - 1:  # the other files
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert fake_hub.stalled.wait(60)
+        while len(list(tmp_path.rglob("snapshots/*/*"))) < len(NEEDED) - 1:  # the other files
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert errors.endswith("\nonekernel: interrupted\n")
     assert list(tmp_path.rglob("*.incomplete")) == []

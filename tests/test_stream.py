@@ -166,7 +166,8 @@ def test_a_timeout_around_an_async_stream_stops_the_model(make_model: MakeModel)
 
     with pytest.raises(TimeoutError):
         asyncio.run(work())
-    assert model.generate(PROMPT, max_tokens=1).text == "a"  # the turn was given back
+    with model.engine.exclusive() as backend:  # the turn was given back
+        assert backend.consumed_in_all < 100  # type: ignore[attr-defined]
 
 
 def test_the_thread_of_an_async_stream_ends_with_it(make_model: MakeModel) -> None:

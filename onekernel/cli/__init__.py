@@ -46,7 +46,7 @@ def make_parser() -> Parser:
         usage="onekernel VERB [arguments] [options]",
         description=f"A local inference engine for the dense Qwen3.5 family.\n\nverbs:\n{summaries}",
         epilog="examples:\n"
-        '  onekernel generate "def fibonacci(n):"\n'
+        '  onekernel generate "def bisect_right(a, x,"\n'
         "  onekernel chat --model Qwen/Qwen3.5-0.8B\n"
         "  onekernel generate --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ from onekernel.errors import InvalidRequest
 
 SUMMARY = "continue a text"
 EXAMPLES = (
-    'onekernel generate "def fibonacci(n):"',
+    'onekernel generate "def bisect_right(a, x,"',
     'onekernel generate --model Qwen/Qwen3.5-0.8B --temperature 0.7 --max-tokens 100 "Once upon a time"',
     'cat start.py | onekernel generate - --stop "class " --json',
 )

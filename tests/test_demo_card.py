@@ -69,8 +69,8 @@ def test_a_training_run_fills_the_card(folder: Path) -> None:
     assert "1,234 steps, 60 million tokens, 7.2 minutes on one NVIDIA H200 with PyTorch 2.13.0." in card
     assert "**2.346** (perplexity 10.4)" in card
     assert "the token after the next, 3.210." in card
-    assert "```python\ndef first():\n    pass\n```" in card
-    assert "````python\nask ```python\n```\n````" in card
+    assert "```text\ndef first():\n    pass\n```" in card
+    assert "````text\nask ```python\n```\n````" in card
     assert "fourth" not in card
     assert card.split("<!-- written")[0] == before.split("<!-- written")[0]
     assert card.split("<!-- /written")[1] == before.split("<!-- /written")[1]

@@ -54,7 +54,7 @@ def training(report: dict[str, Any]) -> list[str]:
     ]
     for sample in report["samples"][:SAMPLES]:
         fence = "````" if "```" in sample else "```"
-        lines += ["", f"{fence}python", sample.rstrip("\n"), fence]
+        lines += ["", f"{fence}text", sample.rstrip("\n"), fence]
     return lines
 
 

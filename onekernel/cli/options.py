@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ def exit_at_interrupt() -> Iterator[None]:
     """
     from onekernel.checkpoint import hub
 
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
     before = hub.partial_files()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ TILES_PER_STAGE = 4  # of each warp
 STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * TILE_BYTES
 BATCH_GROUPS = (16, 8)  # row groups summed behind one barrier; fewer where shared memory is scarce
 LEAST_STAGES, COMFORTABLE_STAGES, MOST_STAGES = 2, 4, 12
-MOST_TILES_IN_REGISTERS = 16  # of a warp's slice of the input vector; longer ones are read from shared memory
+MOST_TILES_IN_REGISTERS = 8  # of a warp's slice of the input vector; longer ones are read from shared memory
 OUTPUT_RING = 1024  # tokens that one launch may make
 FAILURE_SHIFT = 28  # of a word of the output ring: above the token, why none could be chosen (head.cuh)
 MOST_STOP_TOKENS = 8
@@ -42,7 +42,7 @@ class Layout:
     ring_stages: int
     batch_groups: int = BATCH_GROUPS[0]
     layer_stages_in_flight: int = 2
-    head_stages_in_flight: int = 8
+    head_stages_in_flight: int = 3
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0
@@ -61,8 +61,8 @@ class Layout:
                 raise UnsupportedModel(f"the GPU kernel needs {name} = {size} to be a multiple of {step}")
         if (shape.head_dim, shape.key_head_dim, shape.value_head_dim) != (256, 128, 128):
             raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
-        if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads >= CONSUMER_WARPS:
-            raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 7")
+        if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads > CONSUMER_WARPS - 2:
+            raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 6")
         blocks, usable = _blocks(shape, sm_count), shared_memory - SHARED_RESERVED
         for batch_groups in BATCH_GROUPS:
             scratch = _scratch_bytes(shape, blocks, batch_groups)
@@ -112,7 +112,7 @@ class Layout:
             "MOST_TILES_IN_REGISTERS": MOST_TILES_IN_REGISTERS,
             "RING_STAGES": self.ring_stages,
             "SHARED_MEMORY": self.shared_memory,
-            "COPIES_IN_FLIGHT": min(3, self.ring_stages - 1),
+            "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),  # see ring.cuh
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
             "ACTIVATION_COLUMNS": activation_columns(s),
@@ -165,8 +165,8 @@ def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
     sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4
-    barriers = MOST_STAGES * (CONSUMER_WARPS + 3) * 8
-    return max(2 * activation_columns(shape), attention) + sums + barriers + 4 * residual_rows(shape, blocks) + 512
+    counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
+    return max(2 * activation_columns(shape), attention) + sums + counters + 4 * residual_rows(shape, blocks) + 512
 
 
 def _blocks(shape: Shape, sm_count: int) -> int:

@@ -38,6 +38,11 @@ extern "C" __device__ int threads = THREADS;
 
 // ---- producer ----
 
+// The ring stands still whenever the consumers do: they know better where, and report first.
+__device__ __forceinline__ Watchdog ring_watchdog(const DecodeArguments& a) {
+    return {a.report, a.spin_limit + a.spin_limit / 4, 0, 0, PHASE_RING_EMPTY, 0};
+}
+
 struct Producer {
     Ring ring;
     const u8* source;
@@ -74,7 +79,7 @@ struct Producer {
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0, 0}, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[blockIdx.x];
         bool head = a.all_logits || step >= a.given - 1 + a.no_head;
@@ -235,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {
         give_registers();
         if (threadIdx.x / 32 == CONSUMER_WARPS) produce(a, shared, ring);
-        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0});
+        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, ring_watchdog(a));
     } else {
         take_registers();
         consume(a, shared, ring);

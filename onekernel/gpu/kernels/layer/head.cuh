@@ -26,8 +26,9 @@ __device__ __forceinline__ Candidate warp_best(Candidate best) {
 
 struct HeadFinish {
     const Consumer* consumer;
-    float* logits;                      // [VOCAB] or null
-    const SamplingArguments* sampling;  // or null: the highest logit is the token
+    float* logits;  // [VOCAB] or null
+    const SamplingArguments* sampling;
+    bool sampled;  // or the highest logit is the token
     Candidate best;
 
     __device__ __forceinline__ void prepare(int, int) {}
@@ -37,18 +38,20 @@ struct HeadFinish {
         if (consumer->thread >= groups * 8 || row >= VOCAB) return;
         float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
-        if (row < VOCABULARY_SIZE) best.offer(sampling ? score_row(*sampling, logit, row) : ordered(logit), row);
+        if (row < VOCABULARY_SIZE) best.offer(sampled ? score_row(*sampling, logit, row) : ordered(logit), row);
     }
 };
 
-// Every block leaves its best candidate; every warp reads them all and comes to the same choice.
+// Every block leaves its best candidate; one warp of each reads them all, and all come to the same choice.
 struct Choice {
     u32 token;
     u32 key;    // ordered(its logit or score)
     u32 flags;  // of all blocks
 
     // 0, or what kept every token from being chosen: the highest score is 1 no number, 2 infinite, 3 minus infinity.
-    __device__ __forceinline__ u32 failure() const { return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0; }
+    __device__ __forceinline__ u32 failure() const {
+        return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0;
+    }
 };
 __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
     best = warp_best(best);
@@ -63,24 +66,30 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
             store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | block_flags | tag);
         }
     }
-    u64 winner = 0;
-    u32 flags = 0;
-    for (int block = c.lane; block < BLOCKS; block += 32) {
-        u64 word = load_relaxed64(candidates + block);
-        while ((word & 0xFFu) != tag) {
-            c.watchdog.check();
-            word = load_relaxed64(candidates + block);
+    if (c.warp == 0) {
+        u64 winner = 0;
+        u32 flags = 0;
+        for (int block = c.lane; block < BLOCKS; block += 32) {
+            u64 word = load_relaxed64(candidates + block);
+            while ((word & 0xFFu) != tag) {
+                c.watchdog.check();
+                word = load_relaxed64(candidates + block);
+            }
+            flags |= (u32)word;
+            word >>= 12;
+            if (word > winner) winner = word;
         }
-        flags |= (u32)word;
-        word >>= 12;
-        if (word > winner) winner = word;
-    }
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-        u64 other = __shfl_xor_sync(0xFFFFFFFFu, winner, offset);
-        if (other > winner) winner = other;
-        flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
+        for (int offset = 16; offset; offset /= 2) {
+            u64 other = __shfl_xor_sync(0xFFFFFFFFu, winner, offset);
+            if (other > winner) winner = other;
+            flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
+        }
+        fence_gpu();  // what the other blocks wrote before their words is there, for the whole block behind the barrier
+        u32 id = 0xFFFFFu - (u32)(winner & 0xFFFFFu);
+        if (c.lane == 0) shared_best[CONSUMER_WARPS] = {(u32)(winner >> 20), id << 12 | (flags & STOP_REQUESTED)};
     }
-    fence_gpu();
-    return {0xFFFFFu - (u32)(winner & 0xFFFFFu), (u32)(winner >> 20), flags & STOP_REQUESTED};
+    consumer_barrier();
+    Candidate chosen = shared_best[CONSUMER_WARPS];
+    return {chosen.id >> 12, chosen.key, chosen.id & STOP_REQUESTED};
 }

@@ -1,0 +1,65 @@
+// What all phases of prefill share: sizes, the tape, scratch memory.
+#pragma once
+
+#include "layer/linear_attention.cuh"
+#include "primitive/matrix.cuh"
+#include "state.cuh"
+
+constexpr int PREFILL_WARPS = 12;
+constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
+constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
+constexpr int LINEAR_STRIDE = CONV_DIM + VALUE_DIM;  // numbers of a token's row in `projected`: q, k, v | z
+constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
+constexpr int GATES = 2 * VALUE_HEADS;  // beta, then the decay's input
+constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
+
+// Where the tiles of one group of 8 rows lie on the tape (gpu/tape.py).
+struct GroupPlace {
+    const u8* share;  // of the block of the decode kernel that owns the group
+    int first, total;  // the group's first tile of a warp, and how many tiles of a warp the share has
+};
+
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ GroupPlace group_place(const PrefillArguments& a, int matrix, int group) {
+    constexpr int GROUPS = (ROWS + 7) / 8, TILES = COLUMNS / CONSUMER_WARPS / 32;
+    group = min(group, GROUPS - 1);
+    int block = (int)(((long long)(group + 1) * BLOCKS - 1) / GROUPS);
+    int begin = first_group(GROUPS, block), end = first_group(GROUPS, block + 1);
+    return {a.tape + a.matrix_offsets[matrix * BLOCKS + block], (group - begin) * TILES, (end - begin) * TILES};
+}
+
+// The tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up.
+template <int COLUMNS>
+__device__ __forceinline__ const u8* tile_place(const GroupPlace& place, int column_tile) {
+    constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;
+    int warp = column_tile / TILES, tile = place.first + column_tile % TILES;
+    int stage = tile / TILES_PER_STAGE, count = min(TILES_PER_STAGE, place.total - stage * TILES_PER_STAGE);
+    return place.share + (long long)stage * STAGE_BYTES + (warp * count + tile % TILES_PER_STAGE) * 512;
+}
+
+// Parts of a (chunk, value head) item that delta_chunks leaves for delta_scan: fp16 matrices with a row a token.
+constexpr int ITEM_WEIGHT = 0;                                    // [64, 128] -W
+constexpr int ITEM_QUERY = ITEM_WEIGHT + CHUNK * KEY_HEAD_DIM * 2;  // [64, 128] q, faded from the chunk's start
+constexpr int ITEM_KEY = ITEM_QUERY + CHUNK * KEY_HEAD_DIM * 2;     // [64, 128] k, faded to the chunk's end
+constexpr int ITEM_SCORES = ITEM_KEY + CHUNK * KEY_HEAD_DIM * 2;    // [64, 64] q k^T, faded
+constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;         // [64, 128] U
+constexpr int ITEM_BYTES = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;
+
+__device__ __forceinline__ LinearLayer linear_layer(const PrefillArguments& a, int layer) {
+    LinearLayer l;
+    l.conv_weight = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    l.negative_decay_rate = l.conv_weight + 4 * CONV_DIM;
+    l.dt_bias = l.negative_decay_rate + VALUE_HEADS;
+    l.gated_norm = l.dt_bias + VALUE_HEADS;
+    l.conv_window = (float*)a.state + (layer - full_layers_before(layer)) * LINEAR_STATE;
+    l.recurrent_state = l.conv_window + 4 * CONV_DIM;
+    return l;
+}
+__device__ __forceinline__ FullLayer full_layer(const PrefillArguments& a, int layer) {
+    FullLayer l;
+    l.q_norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    l.k_norm = l.q_norm + HEAD_DIM;
+    l.keys = (u16*)(a.state + LINEAR_LAYERS * LINEAR_STATE * 4) + (long long)full_layers_before(layer) * 2 * KV_DIM * a.max_context;
+    l.values = l.keys + (long long)KV_DIM * a.max_context;
+    return l;
+}

@@ -1,4 +1,4 @@
-"""The prefill kernel's view of the tape, as a NumPy twin of group_place and tile_place in prefill/model.cuh."""
+"""The prefill kernel's view of the tape, as a NumPy twin of group_place and tile_offset in prefill/model.cuh."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def random_weights(shape: Shape) -> Weights:
 
 
 def tile_at(whole: np.ndarray, offsets: np.ndarray, matrix: tape.Matrix, group: int, column_tile: int) -> np.ndarray:
-    """uint16 [8, 32]: what group_place and tile_place find."""
+    """uint16 [8, 32]: what group_place and tile_offset find."""
     blocks = len(offsets)
     groups, tiles = -(-matrix.rows // 8), matrix.columns // CONSUMER_WARPS // 32
     block = ((group + 1) * blocks - 1) // groups
     begin, end = first_group(groups, block, blocks), first_group(groups, block + 1, blocks)
     assert begin <= group < end
-    first, total = (group - begin) * tiles, (end - begin) * tiles
-    warp, tile = column_tile // tiles, first + column_tile % tiles
+    warp, tile = column_tile // tiles, column_tile % tiles
     stage = tile // TILES_PER_STAGE
-    count = min(TILES_PER_STAGE, total - stage * TILES_PER_STAGE)
-    at = int(offsets[block]) + stage * STAGE_BYTES + (warp * count + tile % TILES_PER_STAGE) * 512
+    count = min(TILES_PER_STAGE, tiles - stage * TILES_PER_STAGE)
+    at = int(offsets[block]) + (group - begin) * matrix.columns * 16 + stage * STAGE_BYTES
+    at += (warp * count + tile % TILES_PER_STAGE) * 512
     return whole[at : at + 512].view(np.uint16).reshape(8, 32)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import NotEnoughMemory
 from onekernel.gpu import tape
-from onekernel.gpu.layout import Layout
+from onekernel.gpu.layout import Layout, enums
 
 PREFILL_THREADS = 384
 ROW_TILE = 192  # rows of a weight matrix that a block multiplies at a time
@@ -92,7 +92,7 @@ class PrefillLayout:
 
     def declarations(self) -> str:
         """C++ that is generated: the argument struct, and the wgmma instruction for this tile of tokens."""
-        return PrefillArguments.source() + wgmma_source(self.token_tile)
+        return f"{enums()}\n{PrefillArguments.source()}\n{wgmma_source(self.token_tile)}"
 
     def splits(self, tokens: int, columns: int) -> int:
         """In how many parts the columns of a projection back to the hidden size are dealt, so that all blocks work."""

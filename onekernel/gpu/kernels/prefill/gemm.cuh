@@ -30,7 +30,7 @@ struct TileLoader {
     static constexpr int GROUPS_A_WARP = ROW_TILE / 8 / (PREFILL_WARPS / 2);  // a warp copies one of the two column tiles
     static constexpr int TOKENS_AT_ONCE = PREFILL_THREADS / 8;
     static constexpr int TOKEN_ROUNDS = (TOKEN_TILE + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-    GroupPlace places[GROUPS_A_WARP];
+    const u8* groups[GROUPS_A_WARP];
     const u8* tokens[TOKEN_ROUNDS];
     u32 to_weights, to_tokens;
 
@@ -38,7 +38,7 @@ struct TileLoader {
                                           int token_tile) {
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < GROUPS_A_WARP; ++i) places[i] = group_place<ROWS, COLUMNS>(a, matrix, row_tile * (ROW_TILE / 8) + warp / 2 + 6 * i);
+        for (int i = 0; i < GROUPS_A_WARP; ++i) groups[i] = group_place<ROWS, COLUMNS>(a, matrix, row_tile * (ROW_TILE / 8) + warp / 2 + 6 * i) + lane * 16;
         to_weights = shared + swizzled<STEP_BYTES>(warp / 2 * 8 + lane / 4, warp % 2 * 4 + lane % 4);
         int row = threadIdx.x / 8;
 #pragma unroll
@@ -50,11 +50,11 @@ struct TileLoader {
     }
 
     __device__ __forceinline__ void load(int step, int slot) const {
-        int column_tile = 2 * step + threadIdx.x / 32 % 2;
+        int tile = tile_offset<COLUMNS>(2 * step + threadIdx.x / 32 % 2);
         u32 offset = slot * GEMM_STAGE;
 #pragma unroll
         for (int i = 0; i < GROUPS_A_WARP; ++i)
-            copy_async16(to_weights + offset + i * 6 * 8 * STEP_BYTES, tile_place<COLUMNS>(places[i], column_tile) + threadIdx.x % 32 * 16);
+            copy_async16(to_weights + offset + i * 6 * 8 * STEP_BYTES, groups[i] + tile);
 #pragma unroll
         for (int i = 0; i < TOKEN_ROUNDS; ++i)
             if ((i + 1) * TOKENS_AT_ONCE <= TOKEN_TILE || threadIdx.x / 8 + i * TOKENS_AT_ONCE < TOKEN_TILE)

@@ -13,28 +13,22 @@ constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
 constexpr int GATES = 2 * VALUE_HEADS;  // beta, then the decay's input
 constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
-// Where the tiles of one group of 8 rows lie on the tape (gpu/tape.py).
-struct GroupPlace {
-    const u8* share;  // of the block of the decode kernel that owns the group
-    int first, total;  // the group's first tile of a warp, and how many tiles of a warp the share has
-};
-
+// One group of 8 rows of a matrix on the tape (gpu/tape.py).
 template <int ROWS, int COLUMNS>
-__device__ __forceinline__ GroupPlace group_place(const PrefillArguments& a, int matrix, int group) {
-    constexpr int GROUPS = (ROWS + 7) / 8, TILES = COLUMNS / CONSUMER_WARPS / 32;
+__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, int matrix, int group) {
+    constexpr int GROUPS = (ROWS + 7) / 8;
     group = min(group, GROUPS - 1);
-    int block = (int)(((long long)(group + 1) * BLOCKS - 1) / GROUPS);
-    int begin = first_group(GROUPS, block), end = first_group(GROUPS, block + 1);
-    return {a.tape + a.matrix_offsets[matrix * BLOCKS + block], (group - begin) * TILES, (end - begin) * TILES};
+    int block = (int)(((long long)(group + 1) * BLOCKS - 1) / GROUPS);  // of the decode kernel, which owns the group
+    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - first_group(GROUPS, block)) * COLUMNS * 16;
 }
 
-// The tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up.
+// Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
 template <int COLUMNS>
-__device__ __forceinline__ const u8* tile_place(const GroupPlace& place, int column_tile) {
+__device__ __forceinline__ int tile_offset(int column_tile) {
     constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;
-    int warp = column_tile / TILES, tile = place.first + column_tile % TILES;
-    int stage = tile / TILES_PER_STAGE, count = min(TILES_PER_STAGE, place.total - stage * TILES_PER_STAGE);
-    return place.share + (long long)stage * STAGE_BYTES + (warp * count + tile % TILES_PER_STAGE) * 512;
+    int warp = column_tile / TILES, tile = column_tile % TILES, stage = tile / TILES_PER_STAGE;
+    int count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
+    return (stage * CONSUMER_WARPS * TILES_PER_STAGE + warp * count + tile % TILES_PER_STAGE) * 512;
 }
 
 // Parts of a (chunk, value head) item that delta_chunks leaves for delta_scan: fp16 matrices with a row a token.

@@ -6,8 +6,8 @@
 // Sixteen bytes (8 columns) of a row of the embedding. A tied embedding is the LM head on the tape.
 __device__ __forceinline__ uint4 embedding(const PrefillArguments& a, int token, int column) {
     if (!TIED) return __ldg((const uint4*)(a.embedding + (long long)token * HIDDEN + column));
-    GroupPlace place = group_place<VOCAB, HIDDEN>(a, 4 * LAYERS, token / 8);
-    return __ldg((const uint4*)(tile_place<HIDDEN>(place, column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
+    const u8* group = group_place<VOCAB, HIDDEN>(a, 4 * LAYERS, token / 8);
+    return __ldg((const uint4*)(group + tile_offset<HIDDEN>(column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
 }
 
 // input = x / rms(x) * weight, of one token's row of the residual stream.

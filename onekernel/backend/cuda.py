@@ -1,4 +1,4 @@
-"""The CUDA backend: the decode kernel on one NVIDIA GPU."""
+"""The CUDA backend: the prefill and the decode kernel on one NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
 from onekernel.gpu import decoder
-from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
+from onekernel.gpu.decoder import Decoder, Snapshot, State
 from onekernel.gpu.device import find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
+from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
+from onekernel.gpu.prefiller import Prefiller
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.sampling.sampler import Sampler
 
 TOKENS_PER_LAUNCH = 256
+LEAST_PREFILL = 8  # tokens from which on one prefill is quicker than so many steps of the decode kernel
 
 
 def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
     gpu = find_gpu()
-    return decoder.memory_needed(shape, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory))
+    layout = Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory)
+    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    return decoder.memory_needed(shape, layout) + sum(prefill.scratch(MOST_CHUNK_TOKENS).values())
 
 
 class CudaBackend(StepwiseBackend[State]):
@@ -33,10 +38,11 @@ class CudaBackend(StepwiseBackend[State]):
 
     name = "cuda"
     runs_ahead = True
+    prefill_chunk = MOST_CHUNK_TOKENS
 
-    def __init__(self, decoder: Decoder, vocabulary_size: int, max_context: int | None = None) -> None:
-        super().__init__(decoder.shape, vocabulary_size, max_context)
-        self._decoder: Decoder | None = decoder
+    def __init__(self, prefiller: Prefiller, vocabulary_size: int, max_context: int | None = None) -> None:
+        super().__init__(prefiller.shape, vocabulary_size, max_context)
+        self._prefiller: Prefiller | None = prefiller
 
     @classmethod
     def load(cls, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None = None) -> CudaBackend:
@@ -51,24 +57,37 @@ class CudaBackend(StepwiseBackend[State]):
         check_limits(shape, vocabulary_size, max_context)
         gpu = find_gpu()
         layout = Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
-        return cls(Decoder(gpu, layout, load_weights(folder, shape)), vocabulary_size, max_context)
+        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+        decoder = Decoder(gpu, layout, load_weights(folder, shape))
+        return cls(Prefiller(decoder, prefill), vocabulary_size, max_context)
+
+    @property
+    def prefiller(self) -> Prefiller:
+        if self._prefiller is None:
+            raise BackendError("this backend was closed; load the model again")
+        self._prefiller.decoder.gpu.make_current()
+        return self._prefiller
 
     @property
     def decoder(self) -> Decoder:
-        if self._decoder is None:
-            raise BackendError("this backend was closed; load the model again")
-        self._decoder.gpu.make_current()
-        return self._decoder
+        return self.prefiller.decoder
 
     def new_state(self) -> State:
         return self.decoder.new_state()
 
     def prefill(self, state: State, tokens: Sequence[int]) -> None:
         self._check(state, tokens)
-        self.decoder.consume(state, tokens)
+        self._advance(state, tokens)
+
+    def _advance(self, state: State, tokens: Sequence[int]) -> None:
+        if len(tokens) >= LEAST_PREFILL:
+            self.prefiller.prefill(state, tokens)
+        else:
+            self.decoder.consume(state, tokens)
 
     def _consume(self, state: State, tokens: Sequence[int]) -> np.ndarray:
-        return self.decoder.next_logits(state, tokens)
+        self._advance(state, tokens[:-1])
+        return self.decoder.next_logits(state, tokens[-1:])
 
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
@@ -76,6 +95,8 @@ class CudaBackend(StepwiseBackend[State]):
         if not on_device(sampler.params) or len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
+        self._advance(state, tokens[:-1])
+        tokens = tokens[-1:]
         while max_tokens > 0:
             # The last token of a launch is not consumed by it, so it may stand right behind the end of the context.
             room = self.max_context - state.position - len(tokens) + 1
@@ -90,11 +111,15 @@ class CudaBackend(StepwiseBackend[State]):
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
-        parts = [
-            self.decoder.logits(state, tokens[start : start + MOST_GIVEN])
-            for start in range(0, len(tokens), MOST_GIVEN)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.shape.vocab), np.float32)
+        result = np.empty((len(tokens), self.shape.vocab), np.float32)
+        if len(tokens) < LEAST_PREFILL:
+            result[:] = self.decoder.logits(state, tokens) if tokens else 0
+            return result
+        at = 0
+        for part in self.prefiller.logits(state, tokens):
+            result[at : at + len(part)] = part
+            at += len(part)
+        return result
 
     def snapshot(self, state: State) -> Snapshot:
         return self.decoder.snapshot(state)
@@ -103,9 +128,10 @@ class CudaBackend(StepwiseBackend[State]):
         return self.decoder.restore(snapshot)
 
     def close(self) -> None:
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
+        if self._prefiller is not None:
+            self._prefiller.close()
+            self._prefiller.decoder.close()
+            self._prefiller = None
 
 
 def on_device(sampling: SamplingParams) -> bool:

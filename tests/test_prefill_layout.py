@@ -102,8 +102,11 @@ def test_less_shared_memory_means_fewer_stages_and_too_little_is_refused() -> No
 
 def test_the_generated_declarations_agree_with_the_struct_and_the_tile() -> None:
     source = PrefillArguments.source()
-    assert [line.split()[-1].strip(";") for line in source.splitlines()[1:-1]] == [name for name, _ in PrefillArguments._fields_]
-    assert wgmma_source(176).count("acc[") == 88 and "m64n176k16" in wgmma_source(176)
+    assert [line.split()[-1].strip(";") for line in source.splitlines()[1:-1]] == [
+        name for name, _ in PrefillArguments._fields_
+    ]
+    assert wgmma_source(176).count("acc[") == 88
+    assert "m64n176k16" in wgmma_source(176)
 
 
 def test_memory_for_a_long_prompt_is_bounded_by_the_chunk() -> None:

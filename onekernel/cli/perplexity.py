@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"perplexity {result.value:.4f}")
         windows = f"{result.windows} window{'s' if result.windows > 1 else ''}"
-        print(f"{result.tokens} tokens in {windows}, {result.tokens / seconds:,.0f} tokens/s, {backend}", file=sys.stderr)
+        print(
+            f"{result.tokens} tokens in {windows}, {result.tokens / seconds:,.0f} tokens/s, {backend}", file=sys.stderr
+        )
     return 0
 
 
@@ -63,6 +65,10 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror}): name a text file, or - for standard input") from None
+        raise InvalidRequest(
+            f"{path} cannot be read ({error.strerror}): name a text file, or - for standard input"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
+        raise InvalidRequest(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+        ) from None

@@ -146,7 +146,8 @@ def wgmma_source(tokens: int) -> str:
     operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], unsigned long long weights, unsigned long long tokens) {{
+using u64 = unsigned long long;
+__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], u64 weights, u64 tokens) {{
     asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
                  "{{{outputs}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;}}"
                  : {operands}

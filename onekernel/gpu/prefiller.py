@@ -31,7 +31,7 @@ def prefill_source(layout: PrefillLayout) -> str:
 
 
 class Prefiller:
-    """The prefill kernel beside a decoder. Scratch memory is taken when it is first needed, for the longest chunk so far."""
+    """The prefill kernel beside a decoder. Scratch memory is taken when first needed, for the longest chunk so far."""
 
     def __init__(self, decoder: Decoder, layout: PrefillLayout) -> None:
         """Compile (or take from the cache) and load.
@@ -111,8 +111,8 @@ class Prefiller:
         needed, free = self.memory_needed(tokens) + more, self.decoder.gpu.memory_free()
         if needed > free:
             raise NotEnoughMemory(
-                f"prefill of {tokens} tokens needs {needed:,} bytes of scratch memory on the GPU, and {free:,} are free: "
-                "close sessions that are no longer needed, or other programs that use the GPU"
+                f"prefill of {tokens} tokens needs {needed:,} bytes of scratch memory on the GPU, and {free:,} are "
+                "free: close sessions that are no longer needed, or other programs that use the GPU"
             )
         chunk = min(tokens, MOST_CHUNK_TOKENS)
         if chunk > self.scratch_tokens:
@@ -194,8 +194,12 @@ class Prefiller:
 
     def _failure(self, status: Any) -> str:
         report = int(self.decoder.mapped.words[REPORT])
-        where = f"behind phase {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF} waited too long" if report else status.name
-        return f"the prefill kernel failed ({where}); this process cannot use the GPU any more: start again, and report this"
+        where = (
+            f"behind phase {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF} waited too long"
+            if report
+            else status.name
+        )
+        return f"the prefill kernel failed ({where}); start again, and report this"
 
     def close(self) -> None:
         """Free the GPU's memory; the decoder stays."""

@@ -1,6 +1,6 @@
 """Every phase of the prefill kernel against the float32 reference, then whole prompts, then times. Prints; needs a GPU.
 
-    python tests/gpu/check_prefill.py phases|prompts|transformers|times [size] [lengths ...]
+python tests/gpu/check_prefill.py phases|prompts|transformers|times [size] [lengths ...]
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ from onekernel.reference.parameters import LinearAttention, Parameters
 from onekernel.reference.state import State as ReferenceState
 
 PHASE_NAMES = {
-    False: ("in_proj", "delta_chunks", "delta_scan", "gated_norm", "out_proj", "add_norm", "gate_up", "down", "add_norm"),
+    False: (
+        "in_proj",
+        "delta_chunks",
+        "delta_scan",
+        "gated_norm",
+        "out_proj",
+        "add_norm",
+        "gate_up",
+        "down",
+        "add_norm",
+    ),
     True: ("qkv", "rotate", "attend", "", "o_proj", "add_norm", "gate_up", "down", "add_norm"),
 }
 
@@ -111,7 +121,9 @@ def dump(prefiller: Prefiller, name: str, dtype: type, *dims: int) -> np.ndarray
     return widen(data) if dtype is np.uint16 else data.astype(np.float32)
 
 
-def run(prefiller: Prefiller, reference: ReferenceState, tokens: list[int], end: int, one_by_one: bool = False) -> State:
+def run(
+    prefiller: Prefiller, reference: ReferenceState, tokens: list[int], end: int, one_by_one: bool = False
+) -> State:
     state = upload(prefiller, reference)
     prefiller._prepare(state, len(tokens))
     for first in range(end) if one_by_one else (0,):
@@ -120,7 +132,9 @@ def run(prefiller: Prefiller, reference: ReferenceState, tokens: list[int], end:
     return state
 
 
-def check_layer(prefiller: Prefiller, parameters: Parameters, before: ReferenceState, tokens: list[int], layer: int, x: np.ndarray) -> np.ndarray:
+def check_layer(
+    prefiller: Prefiller, parameters: Parameters, before: ReferenceState, tokens: list[int], layer: int, x: np.ndarray
+) -> np.ndarray:
     """Compare all phases of one layer; x is its input by the reference. Returns its output."""
     shape, count = prefiller.shape, len(tokens)
     weights, base = parameters.layers[layer], 1 + 9 * layer
@@ -152,18 +166,28 @@ def check_layer(prefiller: Prefiller, parameters: Parameters, before: ReferenceS
         phase(1)
         expected = chunk_items(query * 128**0.5, key, value, decay, beta)
         chunks = -(-count // CHUNK)
-        raw = prefiller.scratch["items"].read(np.uint8, chunks * shape.value_heads * ITEM_BYTES).reshape(chunks, shape.value_heads, ITEM_BYTES)
+        raw = (
+            prefiller.scratch["items"]
+            .read(np.uint8, chunks * shape.value_heads * ITEM_BYTES)
+            .reshape(chunks, shape.value_heads, ITEM_BYTES)
+        )
         at = 0
         for name, columns in (("-W", 128), ("q faded", 128), ("k faded", 128), ("scores", 64), ("U", 128)):
             nbytes = CHUNK * columns * 2
-            part = np.ascontiguousarray(raw[:, :, at : at + nbytes]).view(np.float16).reshape(chunks, shape.value_heads, CHUNK, columns)
+            part = (
+                np.ascontiguousarray(raw[:, :, at : at + nbytes])
+                .view(np.float16)
+                .reshape(chunks, shape.value_heads, CHUNK, columns)
+            )
             say(1, name, part, expected[name])
             at += nbytes
         say(1, "fades", dump(prefiller, "fades", np.float32, chunks, shape.value_heads), expected["fades"])
         rule = delta_rule.chunked_delta_rule
         mixed, recurrent = rule(query, key, value, decay, beta, before.linear[layer].recurrent)
         phase(2)
-        output = prefiller.scratch["output"].read(np.float16, count * shape.value_dim).reshape(count, shape.value_heads, 128)
+        output = (
+            prefiller.scratch["output"].read(np.float16, count * shape.value_dim).reshape(count, shape.value_heads, 128)
+        )
         say(2, "output", output, mixed)
         mixed = norm.gated_rms_norm(mixed, z.reshape(mixed.shape), mixer.norm, shape.norm_eps).reshape(count, -1)
         phase(3)
@@ -227,7 +251,9 @@ def chunk_items(query, key, value, decay, beta) -> dict[str, np.ndarray]:  # typ
 
 
 def advance(parameters: Parameters, state: ReferenceState, tokens: list[int]) -> np.ndarray:
-    return np.concatenate([model.final_hidden(parameters, state, tokens[i : i + 512]) for i in range(0, len(tokens), 512)])
+    return np.concatenate(
+        [model.final_hidden(parameters, state, tokens[i : i + 512]) for i in range(0, len(tokens), 512)]
+    )
 
 
 def phases(shape: Shape, weights: Weights, lengths: list[int]) -> None:
@@ -242,8 +268,14 @@ def phases(shape: Shape, weights: Weights, lengths: list[int]) -> None:
         x = model.embed(parameters, tokens)
         run(prefiller, before, tokens, 1)
         print("  embed", error(dump(prefiller, "residual", np.float32, count, shape.hidden), x))
-        print("  input", error(dump(prefiller, "input", np.uint16, count, shape.hidden), norm.rms_norm(x, parameters.layers[0].input_layernorm, shape.norm_eps)))
-        for layer in (range(shape.layers) if prefix == 0 else (0, 3)):
+        print(
+            "  input",
+            error(
+                dump(prefiller, "input", np.uint16, count, shape.hidden),
+                norm.rms_norm(x, parameters.layers[0].input_layernorm, shape.norm_eps),
+            ),
+        )
+        for layer in range(shape.layers) if prefix == 0 else (0, 3):
             if prefix and layer == 3:
                 for i in (1, 2):  # the layers between, by the reference
                     x = reference_layer(parameters, before, i, x)
@@ -273,7 +305,9 @@ def prompts(shape: Shape, weights: Weights, lengths: list[int]) -> None:
                 start += cut
             last = (cuts[-1] - 1) % 2048 + 1
             ours = dump(prefiller, "input", np.uint16, last, shape.hidden)
-            print(f"== {count} tokens in {cuts}: last hidden {error(ours[-1], hidden[-1])}; all {error(ours, hidden[-last:])}")
+            print(
+                f"== {count} tokens in {cuts}: last hidden {error(ours[-1], hidden[-1])}; all {error(ours, hidden[-last:])}"
+            )
             worst: dict[str, float] = {}
             for name, text in compare_states(prefiller, state, reference).items():
                 kind, value = name.split()[1], float(text.split()[0])
@@ -287,7 +321,10 @@ def prompts(shape: Shape, weights: Weights, lengths: list[int]) -> None:
     state = prefiller.decoder.new_state()
     tokens = random.integers(0, shape.vocab, 300).tolist()
     ours = np.concatenate(list(prefiller.logits(state, tokens)))
-    print("== logits of 300 positions", error(ours, model.forward(parameters, ReferenceState.empty(shape), tokens, all_logits=True)))
+    print(
+        "== logits of 300 positions",
+        error(ours, model.forward(parameters, ReferenceState.empty(shape), tokens, all_logits=True)),
+    )
     prefiller.decoder.close()
 
 
@@ -306,7 +343,10 @@ def transformers(shape: Shape, weights: Weights, lengths: list[int]) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         theirs = Qwen3_5ForCausalLM(config)
-    tensors = {f"model.{name}" if not name.startswith("lm_head") else name: torch.from_numpy(weights.float32(name)) for name in weights}
+    tensors = {
+        f"model.{name}" if not name.startswith("lm_head") else name: torch.from_numpy(weights.float32(name))
+        for name in weights
+    }
     if shape.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     theirs = theirs.to_empty(device="cuda")
@@ -323,14 +363,22 @@ def transformers(shape: Shape, weights: Weights, lengths: list[int]) -> None:
         with torch.no_grad():
             out = theirs.model(torch.tensor([tokens], device="cuda"), use_cache=True)
         ours = out.last_hidden_state[0].float().cpu().numpy()
-        print(f"== transformers bf16, {count} tokens: last hidden {error(ours[-1], hidden[-1])}; all {error(ours, hidden)}")
+        print(
+            f"== transformers bf16, {count} tokens: last hidden {error(ours[-1], hidden[-1])}; all {error(ours, hidden)}"
+        )
         for i, kind in enumerate(shape.layer_types):
             layer = out.past_key_values.layers[i]
             if kind == FULL:
                 print("    ", i, "keys", error(layer.keys[0].float().cpu().numpy(), reference.full[i].keys[:, :count]),
                       "values", error(layer.values[0].float().cpu().numpy(), reference.full[i].values[:, :count]))  # fmt: skip
             else:
-                print("    ", i, "recurrent", error(layer.recurrent_states[0].float().cpu().numpy(), reference.linear[i].recurrent), flush=True)
+                print(
+                    "    ",
+                    i,
+                    "recurrent",
+                    error(layer.recurrent_states[0].float().cpu().numpy(), reference.linear[i].recurrent),
+                    flush=True,
+                )
 
 
 def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
@@ -358,7 +406,9 @@ def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
             prefiller.wait()
             devices.append(check(driver.cuEventElapsedTime(*events)))
         wall, device = sorted(walls)[4], sorted(devices)[4]
-        print(f"== {count} tokens: wall {wall * 1e3:.3f} ms = {count / wall:,.0f} tok/s; one launch of {len(part)}: {device:.3f} ms = {len(part) / device * 1e3:,.0f} tok/s (all {[round(d, 3) for d in devices]})")
+        print(
+            f"== {count} tokens: wall {wall * 1e3:.3f} ms = {count / wall:,.0f} tok/s; one launch of {len(part)}: {device:.3f} ms = {len(part) / device * 1e3:,.0f} tok/s (all {[round(d, 3) for d in devices]})"
+        )
         ends = prefiller.times.read(np.uint64, prefiller.layout.phases).astype(np.int64)
         kinds: dict[str, list[float]] = {}
         for layer, kind in enumerate(shape.layer_types):
@@ -366,7 +416,9 @@ def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
             for k, name in enumerate(PHASE_NAMES[kind == FULL]):
                 if name:
                     now = ends[1 + 9 * layer + k]
-                    kinds.setdefault(f"{name}{'(out)' if name == 'add_norm' and k == 5 else ''}", []).append((now - previous) / 1e3)
+                    kinds.setdefault(f"{name}{'(out)' if name == 'add_norm' and k == 5 else ''}", []).append(
+                        (now - previous) / 1e3
+                    )
                     previous = now
         for name, values in kinds.items():
             print(f"   {name:14} {np.median(values):8.2f} us x {len(values)} = {sum(values):9.1f} us")
@@ -396,7 +448,9 @@ def main() -> None:
             plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
             compile_cached(module.prefill_source(plan), gpu.arch, "prefill")
             return
-        {"phases": phases, "prompts": prompts, "transformers": transformers, "times": times}[what](shape, random_weights(shape), lengths)
+        {"phases": phases, "prompts": prompts, "transformers": transformers, "times": times}[what](
+            shape, random_weights(shape), lengths
+        )
     except Exception:  # a script for people: show the failure, and let the next part run
         traceback.print_exc(file=sys.stdout)
     print(f"#### {what} took {time.time() - start:.1f} s", flush=True)

@@ -49,6 +49,10 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             break;
         case 2:
             if (is_full(layer))
+                prefetch_matrix<HIDDEN, QUERY_DIM>(a, matrix + 1);
+            else
+                prefetch_matrix<HIDDEN, VALUE_DIM>(a, matrix + 1);
+            if (is_full(layer))
                 attend(a, full_layer(a, layer), memory);
             else
                 delta_scan(a, linear_layer(a, layer), memory);
@@ -62,10 +66,22 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             else
                 gemm<HIDDEN, VALUE_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows{a.partials, HIDDEN, a.tokens});
             break;
-        case 5: add_and_normalise(a, a.mixer_splits, parameters + HIDDEN); break;
+        case 5:
+            prefetch_matrix<2 * INTERMEDIATE, HIDDEN>(a, matrix + 2);
+            prefetch_matrix<HIDDEN, INTERMEDIATE>(a, matrix + 3);
+            add_and_normalise(a, a.mixer_splits, parameters + HIDDEN);
+            break;
         case 6: gemm<2 * INTERMEDIATE, HIDDEN>(a, shared, matrix + 2, a.input, a.tokens, 1, Activation{a.activated, a.tokens}); break;
         case 7: gemm<HIDDEN, INTERMEDIATE>(a, shared, matrix + 3, a.activated, a.tokens, a.mlp_splits, FloatRows{a.partials, HIDDEN, a.tokens}); break;
-        case 8: add_and_normalise(a, a.mlp_splits, layer_parameters(a.parameters, layer + 1)); break;
+        case 8:
+            if (layer + 1 == LAYERS)
+                ;
+            else if (is_full(layer + 1))
+                prefetch_matrix<FULL_STRIDE, HIDDEN>(a, matrix + 4);
+            else
+                prefetch_matrix<LINEAR_STRIDE + GATES, HIDDEN>(a, matrix + 4);
+            add_and_normalise(a, a.mlp_splits, layer_parameters(a.parameters, layer + 1));
+            break;
     }
 }
 

@@ -10,6 +10,7 @@ constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
 constexpr int LINEAR_STRIDE = CONV_DIM + VALUE_DIM;  // numbers of a token's row in `projected`: q, k, v | z
 constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
+constexpr long long MOST_PREFETCHED = 24 << 20;         // bytes
 constexpr int GATES = 2 * VALUE_HEADS;  // beta, then the decay's input
 constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
@@ -29,6 +30,18 @@ __device__ __forceinline__ int tile_offset(int column_tile) {
     int warp = column_tile / TILES, tile = column_tile % TILES, stage = tile / TILES_PER_STAGE;
     int count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
     return (stage * CONSUMER_WARPS * TILES_PER_STAGE + warp * count + tile % TILES_PER_STAGE) * 512;
+}
+
+// Asks for a whole matrix in L2, ahead of the phase that multiplies it; matrices that would not stay there are left alone.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix) {
+    constexpr int GROUPS = (ROWS + 7) / 8;
+    if ((long long)ROWS * COLUMNS * 2 > MOST_PREFETCHED) return;
+    for (int block = blockIdx.x; block < BLOCKS; block += gridDim.x) {
+        const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
+        int bytes = (first_group(GROUPS, block + 1) - first_group(GROUPS, block)) * COLUMNS * 16;
+        for (int at = threadIdx.x * 128; at < bytes; at += PREFILL_THREADS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(share + at));
+    }
 }
 
 // Parts of a (chunk, value head) item that delta_chunks leaves for delta_scan: fp16 matrices with a row a token.

@@ -26,7 +26,6 @@ from onekernel.gpu.decoder import Decoder, State, recurrent_bytes
 from onekernel.gpu.device import find_gpu
 from onekernel.gpu.driver import check
 from onekernel.gpu.layout import Layout
-from onekernel.gpu.memory import DeviceBuffer
 from onekernel.gpu.prefill_layout import CHUNK, ITEM_BYTES, PrefillLayout
 from onekernel.gpu.prefiller import Prefiller
 from onekernel.gpu.tape import bf16_bits
@@ -48,6 +47,13 @@ PHASE_NAMES = {
     ),
     True: ("qkv", "rotate", "attend", "", "o_proj", "add_norm", "gate_up", "down", "add_norm"),
 }
+
+
+class NoKernel:
+    """In place of the decode kernel, which is not needed here and slow to compile."""
+
+    def __init__(self, *_: object) -> None: ...
+    def unload(self) -> None: ...
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -388,18 +394,19 @@ def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
     random = np.random.default_rng(3)
     events = [check(driver.cuEventCreate(0)) for _ in range(2)]
     state = prefiller.decoder.new_state()
-    for count in lengths:
+    for count, position in [(n, 0) for n in lengths] + [(16, 8192)]:
         tokens = random.integers(0, shape.vocab, count).tolist()
+        state.position = position
         prefiller._prepare(state, count)
         walls, devices = [], []
         for _ in range(8):
-            state.position = 0
+            state.position = position
             start = time.perf_counter()
             prefiller.prefill(state, tokens)
             walls.append(time.perf_counter() - start)
         part = tokens[:2048]
         for _ in range(8):
-            state.position = 0
+            state.position = position
             check(driver.cuEventRecord(events[0], prefiller.decoder.stream))
             prefiller.launch(state, part, 0, prefiller.layout.phases, timed=True)
             check(driver.cuEventRecord(events[1], prefiller.decoder.stream))
@@ -407,7 +414,7 @@ def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
             devices.append(check(driver.cuEventElapsedTime(*events)))
         wall, device = sorted(walls)[4], sorted(devices)[4]
         print(
-            f"== {count} tokens: wall {wall * 1e3:.3f} ms = {count / wall:,.0f} tok/s; one launch of {len(part)}: {device:.3f} ms = {len(part) / device * 1e3:,.0f} tok/s (all {[round(d, 3) for d in devices]})"
+            f"== {count} tokens after {position}: wall {wall * 1e3:.3f} ms = {count / wall:,.0f} tok/s; one launch of {len(part)}: {device:.3f} ms = {len(part) / device * 1e3:,.0f} tok/s (all {[round(d, 3) for d in devices]})"
         )
         ends = prefiller.times.read(np.uint64, prefiller.layout.phases).astype(np.int64)
         kinds: dict[str, list[float]] = {}
@@ -434,7 +441,7 @@ def main() -> None:
         module.prefill_source = lambda layout: original(layout).replace("__CUDA_ARCH_FEAT_SM90_ALL", "NEVER")
     size = rest.pop(0) if rest and not rest[0].isdigit() else "0.8b"
     lengths = [int(x) for x in rest]
-    decoder_module.DecodeKernel = lambda gpu, layout: None  # not needed here, and slow to compile
+    decoder_module.DecodeKernel = NoKernel
     if size == "demo":
         shape = dataclasses.replace(Shape.load(Path(__file__).parents[2] / "onekernel" / "demo"), mtp_layers=0)
     else:

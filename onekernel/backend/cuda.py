@@ -13,7 +13,7 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
 from onekernel.gpu import decoder
-from onekernel.gpu.decoder import Decoder, Snapshot, State
+from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
 from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
@@ -30,7 +30,8 @@ def memory_needed(shape: Shape) -> int:
     gpu = find_gpu()
     layout = Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory)
     prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
-    return decoder.memory_needed(shape, layout) + sum(prefill.scratch(MOST_CHUNK_TOKENS).values())
+    scratch = sum(prefill.scratch(MOST_CHUNK_TOKENS).values()) if prefill else 0
+    return decoder.memory_needed(shape, layout) + scratch
 
 
 class CudaBackend(StepwiseBackend[State]):
@@ -40,9 +41,13 @@ class CudaBackend(StepwiseBackend[State]):
     runs_ahead = True
     prefill_chunk = MOST_CHUNK_TOKENS
 
-    def __init__(self, prefiller: Prefiller, vocabulary_size: int, max_context: int | None = None) -> None:
-        super().__init__(prefiller.shape, vocabulary_size, max_context)
-        self._prefiller: Prefiller | None = prefiller
+    def __init__(
+        self, decoder: Decoder, prefiller: Prefiller | None, vocabulary_size: int, max_context: int | None = None
+    ) -> None:
+        """Args: see StepwiseBackend; without a prefiller, prompts go through the decode kernel."""
+        super().__init__(decoder.shape, vocabulary_size, max_context)
+        self._decoder: Decoder | None = decoder
+        self._prefiller = prefiller
 
     @classmethod
     def load(cls, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None = None) -> CudaBackend:
@@ -59,18 +64,15 @@ class CudaBackend(StepwiseBackend[State]):
         layout = Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
         prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
         decoder = Decoder(gpu, layout, load_weights(folder, shape))
-        return cls(Prefiller(decoder, prefill), vocabulary_size, max_context)
-
-    @property
-    def prefiller(self) -> Prefiller:
-        if self._prefiller is None:
-            raise BackendError("this backend was closed; load the model again")
-        self._prefiller.decoder.gpu.make_current()
-        return self._prefiller
+        prefiller = Prefiller(decoder, prefill) if prefill else None
+        return cls(decoder, prefiller, vocabulary_size, max_context)
 
     @property
     def decoder(self) -> Decoder:
-        return self.prefiller.decoder
+        if self._decoder is None:
+            raise BackendError("this backend was closed; load the model again")
+        self._decoder.gpu.make_current()
+        return self._decoder
 
     def new_state(self) -> State:
         return self.decoder.new_state()
@@ -80,10 +82,11 @@ class CudaBackend(StepwiseBackend[State]):
         self._advance(state, tokens)
 
     def _advance(self, state: State, tokens: Sequence[int]) -> None:
-        if len(tokens) >= LEAST_PREFILL:
-            self.prefiller.prefill(state, tokens)
+        decoder = self.decoder
+        if self._prefiller and len(tokens) >= LEAST_PREFILL:
+            self._prefiller.prefill(state, tokens)
         else:
-            self.decoder.consume(state, tokens)
+            decoder.consume(state, tokens)
 
     def _consume(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._advance(state, tokens[:-1])
@@ -111,15 +114,13 @@ class CudaBackend(StepwiseBackend[State]):
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
-        result = np.empty((len(tokens), self.shape.vocab), np.float32)
-        if len(tokens) < LEAST_PREFILL:
-            result[:] = self.decoder.logits(state, tokens) if tokens else 0
-            return result
-        at = 0
-        for part in self.prefiller.logits(state, tokens):
-            result[at : at + len(part)] = part
-            at += len(part)
-        return result
+        decoder, parts = self.decoder, []
+        if self._prefiller and len(tokens) >= LEAST_PREFILL:
+            parts = list(self._prefiller.logits(state, tokens))
+        else:
+            for start in range(0, len(tokens), MOST_GIVEN):
+                parts.append(decoder.logits(state, tokens[start : start + MOST_GIVEN]))
+        return np.concatenate(parts) if parts else np.empty((0, self.shape.vocab), np.float32)
 
     def snapshot(self, state: State) -> Snapshot:
         return self.decoder.snapshot(state)
@@ -128,10 +129,11 @@ class CudaBackend(StepwiseBackend[State]):
         return self.decoder.restore(snapshot)
 
     def close(self) -> None:
-        if self._prefiller is not None:
-            self._prefiller.close()
-            self._prefiller.decoder.close()
-            self._prefiller = None
+        if self._decoder is not None:
+            if self._prefiller is not None:
+                self._prefiller.close()
+            self._decoder.close()
+            self._decoder = self._prefiller = None
 
 
 def on_device(sampling: SamplingParams) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
-from onekernel.errors import NotEnoughMemory
 from onekernel.gpu import tape
 from onekernel.gpu.layout import Layout, enums
 
@@ -42,12 +41,8 @@ class PrefillLayout:
     attention_stages: int
 
     @classmethod
-    def plan(cls, decode: Layout, sm_count: int, shared_memory: int) -> PrefillLayout:
-        """One block an SM, with rings as deep as its shared memory allows.
-
-        Raises:
-            NotEnoughMemory: the chip's shared memory is too small.
-        """
+    def plan(cls, decode: Layout, sm_count: int, shared_memory: int) -> PrefillLayout | None:
+        """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75)."""
         room = shared_memory - SHARED_RESERVED
         token_tile = next((n for n in (176, 128, 64, 32) if 2 * _stage(n) <= room), 0)
         columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
@@ -57,7 +52,7 @@ class PrefillLayout:
             (0, 0),
         )
         if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:
-            raise NotEnoughMemory(f"the prefill kernel needs more than the {shared_memory} bytes of shared memory here")
+            return None
         return cls(
             decode,
             blocks=sm_count,

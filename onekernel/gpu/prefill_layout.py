@@ -48,7 +48,7 @@ class PrefillLayout:
         columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
         groups, stages = next(
-            ((g, s) for g, s in ((3, 2), (2, 2), (1, 2), (1, 1)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),
+            ((g, s) for g, s in ((3, 2), (2, 2), (1, 2)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),
             (0, 0),
         )
         if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:

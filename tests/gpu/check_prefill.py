@@ -23,7 +23,7 @@ from onekernel.gpu import decoder as decoder_module
 from onekernel.gpu import prefiller as module
 from onekernel.gpu.compile import compile_cached
 from onekernel.gpu.decoder import Decoder, State, recurrent_bytes
-from onekernel.gpu.device import find_gpu
+from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.driver import check
 from onekernel.gpu.layout import Layout
 from onekernel.gpu.prefill_layout import CHUNK, ITEM_BYTES, PrefillLayout
@@ -47,6 +47,15 @@ PHASE_NAMES = {
     ),
     True: ("qkv", "rotate", "attend", "", "o_proj", "add_norm", "gate_up", "down", "add_norm"),
 }
+
+
+OVERRIDES: dict[str, int] = {}  # of fields of PrefillLayout
+
+
+def plan_for(layout: Layout, gpu: Gpu) -> PrefillLayout:
+    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    assert plan is not None
+    return dataclasses.replace(plan, **OVERRIDES)
 
 
 class NoKernel:
@@ -78,7 +87,7 @@ def make(shape: Shape, weights: Weights) -> Prefiller:
     start = time.time()
     decoder = Decoder(gpu, layout, weights)
     print(f"{gpu.name}: weights on the GPU after {time.time() - start:.1f} s", flush=True)
-    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    plan = plan_for(layout, gpu)
     print({k: v for k, v in vars(plan).items() if k != "decode"})
     return Prefiller(decoder, plan)
 
@@ -281,8 +290,8 @@ def phases(shape: Shape, weights: Weights, lengths: list[int]) -> None:
                 norm.rms_norm(x, parameters.layers[0].input_layernorm, shape.norm_eps),
             ),
         )
-        for layer in range(shape.layers) if prefix == 0 else (0, 3):
-            if prefix and layer == 3:
+        for layer in (0, 3):
+            if layer == 3:
                 for i in (1, 2):  # the layers between, by the reference
                     x = reference_layer(parameters, before, i, x)
             x = check_layer(prefiller, parameters, before, tokens, layer, x)
@@ -439,6 +448,9 @@ def main() -> None:
         rest.remove("no-wgmma")
         original = module.prefill_source
         module.prefill_source = lambda layout: original(layout).replace("__CUDA_ARCH_FEAT_SM90_ALL", "NEVER")
+    for word in [word for word in rest if "=" in word]:  # such as token_tile=128
+        rest.remove(word)
+        OVERRIDES[word.split("=")[0]] = int(word.split("=")[1])
     size = rest.pop(0) if rest and not rest[0].isdigit() else "0.8b"
     lengths = [int(x) for x in rest]
     decoder_module.DecodeKernel = NoKernel
@@ -452,7 +464,7 @@ def main() -> None:
         if what == "compile":
             gpu = find_gpu()
             layout = Layout.plan(shape, min(shape.vocab, 248077), gpu.sm_count, gpu.shared_memory)
-            plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+            plan = plan_for(layout, gpu)
             compile_cached(module.prefill_source(plan), gpu.arch, "prefill")
             return
         {"phases": phases, "prompts": prompts, "transformers": transformers, "times": times}[what](

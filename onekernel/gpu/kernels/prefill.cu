@@ -28,7 +28,7 @@ __device__ __forceinline__ bool is_empty(int phase) {
 
 __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, u8* memory) {
     u32 shared = shared_address(memory);
-    if (phase == 0) return embed(a);
+    if (phase == 0) return embed(a, memory);
     if (phase == PHASES)
         return gemm<VOCAB, HIDDEN>(a, shared, 4 * LAYERS, a.input + (long long)a.logits_first * HIDDEN, a.logits_count, 1,
                                    FloatRows{a.logits, VOCAB, a.logits_count});
@@ -69,7 +69,7 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
         case 5:
             prefetch_matrix<2 * INTERMEDIATE, HIDDEN>(a, matrix + 2);
             prefetch_matrix<HIDDEN, INTERMEDIATE>(a, matrix + 3);
-            add_and_normalise(a, a.mixer_splits, parameters + HIDDEN);
+            add_and_normalise(a, a.mixer_splits, parameters + HIDDEN, memory);
             break;
         case 6: gemm<2 * INTERMEDIATE, HIDDEN>(a, shared, matrix + 2, a.input, a.tokens, 1, Activation{a.activated, a.tokens}); break;
         case 7: gemm<HIDDEN, INTERMEDIATE>(a, shared, matrix + 3, a.activated, a.tokens, a.mlp_splits, FloatRows{a.partials, HIDDEN, a.tokens}); break;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
                 prefetch_matrix<FULL_STRIDE, HIDDEN>(a, matrix + 4);
             else
                 prefetch_matrix<LINEAR_STRIDE + GATES, HIDDEN>(a, matrix + 4);
-            add_and_normalise(a, a.mlp_splits, layer_parameters(a.parameters, layer + 1));
+            add_and_normalise(a, a.mlp_splits, layer_parameters(a.parameters, layer + 1), memory);
             break;
     }
 }

@@ -15,7 +15,7 @@ constexpr int KEY_ROW = HEAD_DIM * 2;  // bytes
 constexpr int KEY_STAGE = 2 * KEY_TILE * KEY_ROW;
 constexpr int ATTENTION_GROUP = ATTENTION_STAGES * KEY_STAGE;  // bytes of one group of warps
 constexpr int ATTENTION_BYTES = QUERY_ROWS * KEY_ROW + ATTENTION_GROUPS * ATTENTION_GROUP + 8 * QUERY_ROWS * ATTENTION_GROUPS;
-static_assert(ATTENTION_GROUPS == 1 || ATTENTION_GROUP >= QUERY_ROWS * HEAD_DIM * 4, "a group's output waits in its stages");
+static_assert(ATTENTION_GROUP >= QUERY_ROWS * HEAD_DIM * 4, "a group's output waits in its stages");
 
 // Lane l holds dims 8 l to 8 l + 7 of one head; `rope` is (cos, sin) of the pairs (i, i + ROTARY_DIM / 2).
 __device__ __forceinline__ uint4 norm_and_rotate(uint4 packed, const float* weight, const float2* rope) {
@@ -179,46 +179,43 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
             peaks[(ATTENTION_GROUPS + group) * QUERY_ROWS + row + 8 * i] = sum[i];
         }
     }
-    // Groups from the second on leave their outputs in their own stages: [fragment][warp][lane] of four floats.
-    float4* mine = (float4*)(memory + QUERY_ROWS * KEY_ROW + group * ATTENTION_GROUP);
-    if (active && group > 0) {
-        group_barrier(1 + group, 128);
-#pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; ++n) mine[n * 128 + threadIdx.x % 128] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
-    }
     __syncthreads();
-    if (group > 0) return;
-    float share[ATTENTION_GROUPS][2];  // of each group in the result
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        float best = -1e30f, total = 0;
-#pragma unroll
-        for (int g = 0; g < ATTENTION_GROUPS; ++g) best = fmaxf(best, peaks[g * QUERY_ROWS + row + 8 * i]);
-#pragma unroll
-        for (int g = 0; g < ATTENTION_GROUPS; ++g) {
-            share[g][i] = exp2_fast(peaks[g * QUERY_ROWS + row + 8 * i] - best);
-            total += share[g][i] * peaks[(ATTENTION_GROUPS + g) * QUERY_ROWS + row + 8 * i];
-        }
-#pragma unroll
-        for (int g = 0; g < ATTENTION_GROUPS; ++g) share[g][i] /= total;
-    }
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; ++n) {
-        float o[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[i] = out[n][i] * share[0][i / 2];
-#pragma unroll
-        for (int g = 1; g < ATTENTION_GROUPS; ++g) {
-            float4 p = mine[g * (ATTENTION_GROUP / 16) + n * 128 + threadIdx.x % 128];
-            o[0] += p.x * share[g][0], o[1] += p.y * share[g][0], o[2] += p.z * share[g][1], o[3] += p.w * share[g][1];
-        }
+    // Each group leaves its share of the result in its own stages, as [fragment][warp][lane] of four floats.
+    float4* shares = (float4*)(memory + QUERY_ROWS * KEY_ROW);
+    if (active) {
+        float share[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            int r = row + 8 * i, token = r / GROUP_QUERIES, head = kv_head * GROUP_QUERIES + r % GROUP_QUERIES, dim = 8 * n + 2 * (lane % 4);
+            float best = -1e30f, total = 0;
+#pragma unroll
+            for (int g = 0; g < ATTENTION_GROUPS; ++g) best = fmaxf(best, peaks[g * QUERY_ROWS + row + 8 * i]);
+#pragma unroll
+            for (int g = 0; g < ATTENTION_GROUPS; ++g)
+                total += exp2_fast(peaks[g * QUERY_ROWS + row + 8 * i] - best) * peaks[(ATTENTION_GROUPS + g) * QUERY_ROWS + row + 8 * i];
+            share[i] = __fdividef(exp2_fast(peak[i] - best), total);
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; ++n)
+            shares[group * (ATTENTION_GROUP / 16) + n * 128 + threadIdx.x % 128] =
+                make_float4(out[n][0] * share[0], out[n][1] * share[0], out[n][2] * share[1], out[n][3] * share[1]);
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int f = threadIdx.x; f < HEAD_DIM / 8 * 128; f += PREFILL_THREADS) {
+        float4 sum = shares[f];
+#pragma unroll
+        for (int g = 1; g < ATTENTION_GROUPS; ++g) {
+            float4 p = shares[g * (ATTENTION_GROUP / 16) + f];
+            sum.x += p.x, sum.y += p.y, sum.z += p.z, sum.w += p.w;
+        }
+        int dim = f / 128 * 8 + 2 * (f % 4), first_row = f % 128 / 32 * 16 + f % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int r = first_row + 8 * i, token = r / GROUP_QUERIES, head = kv_head * GROUP_QUERIES + r % GROUP_QUERIES;
             if (token < tokens) {
                 u32 gate = *(const u32*)(a.projected + (long long)(first_token + token) * FULL_STRIDE + head * 2 * HEAD_DIM + HEAD_DIM + dim);
                 *(u32*)(a.mixed + (long long)(first_token + token) * QUERY_DIM + head * HEAD_DIM + dim) =
-                    pack2(o[2 * i] * sigmoid(low_half(gate)), o[2 * i + 1] * sigmoid(high_half(gate)));
+                    pack2((i ? sum.z : sum.x) * quick_sigmoid(low_half(gate)), (i ? sum.w : sum.y) * quick_sigmoid(high_half(gate)));
             }
         }
     }

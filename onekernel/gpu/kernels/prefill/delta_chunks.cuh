@@ -23,40 +23,59 @@ struct ChunkScratch {
     float beta[CHUNK];
 };
 
-// The convolution's inputs of 4 channels at one token; before the first token they are in the state's window.
-__device__ __forceinline__ float4 conv_input(const PrefillArguments& a, const LinearLayer& layer, int token, int channel) {
-    if (token < 0) {
-        const float* w = layer.conv_window + 4 * channel + 4 + token;
-        return make_float4(w[0], w[4], w[8], w[12]);
+// Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
+// Lane l has dims 4 l to 4 l + 3. Loops stay loops: this code runs once a layer, and fetching it costs more than running it.
+__device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first_row = 16 * warp;
+    int key_head = head / (VALUE_HEADS / KEY_HEADS);
+    int rows_left = a.tokens - first_token - first_row;
+    u32 base = shared_address(&s);
+#pragma unroll 1
+    for (int part = 0; part < 3; ++part) {  // k, v, q, as they lie in ChunkScratch
+        int channel = part == 0 ? KEY_DIM + key_head * KEY_HEAD_DIM : part == 1 ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
+        const u16* from = a.projected + (long long)(first_token + first_row + lane / 16) * LINEAR_STRIDE + channel + lane % 16 * 8;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (2 * i + lane / 16 < rows_left)
+                copy_async16(base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + 2 * i + lane / 16, lane % 16), from + 2 * i * LINEAR_STRIDE);
     }
-    if (token >= a.tokens) return make_float4(0, 0, 0, 0);
-    uint2 v = *(const uint2*)(a.projected + (long long)token * LINEAR_STRIDE + channel);
-    return make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
-}
-
-// Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of one head, as fp16 rows. Lane l: dims 4 l and up.
-template <bool NORM>
-__device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int first_channel, u32 rows) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, channel = first_channel + 4 * lane;
-    float4 taps[4];
+    copy_commit();
+#pragma unroll 1
+    for (int part = 0; part < 3; ++part) {
+        int channel = part == 0 ? KEY_DIM + key_head * KEY_HEAD_DIM : part == 1 ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
+        channel += 4 * lane;
+        float4 taps[4], x[3];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) taps[i] = load_constant4(layer.conv_weight + 4 * (channel + i));
-    float4 x[19];
+        for (int i = 0; i < 4; ++i) taps[i] = load_constant4(layer.conv_weight + 4 * (channel + i));
 #pragma unroll
-    for (int i = 0; i < 19; ++i) x[i] = conv_input(a, layer, first_token + 16 * warp + i - 3, channel);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        float4 y;
-        y.x = silu(taps[0].x * x[i].x + taps[0].y * x[i + 1].x + taps[0].z * x[i + 2].x + taps[0].w * x[i + 3].x);
-        y.y = silu(taps[1].x * x[i].y + taps[1].y * x[i + 1].y + taps[1].z * x[i + 2].y + taps[1].w * x[i + 3].y);
-        y.z = silu(taps[2].x * x[i].z + taps[2].y * x[i + 1].z + taps[2].z * x[i + 2].z + taps[2].w * x[i + 3].z);
-        y.w = silu(taps[3].x * x[i].w + taps[3].y * x[i + 1].w + taps[3].z * x[i + 2].w + taps[3].w * x[i + 3].w);
-        bool valid = first_token + 16 * warp + i < a.tokens;
-        float scale = valid ? 1.0f : 0.0f;  // padding leaves the state alone
-        if (NORM) scale *= rsqrtf(warp_sum(y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w) + 1e-6f);
-        u32 at = rows + swizzled<HEAD_ROW>(16 * warp + i, lane / 2) + lane % 2 * 8;
-        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(pack_half2(y.x * scale, y.y * scale)), "r"(pack_half2(y.z * scale, y.w * scale))
-                     : "memory");
+        for (int i = 0; i < 3; ++i) {
+            int token = first_token + first_row + i - 3;
+            if (token < 0) {  // before the first token: the state's window
+                const float* w = layer.conv_window + 4 * channel + 4 + token;
+                x[i] = make_float4(w[0], w[4], w[8], w[12]);
+            } else {
+                uint2 v = token < a.tokens ? *(const uint2*)(a.projected + (long long)token * LINEAR_STRIDE + channel) : make_uint2(0, 0);
+                x[i] = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
+            }
+        }
+        copy_wait<0>();
+        __syncwarp();
+#pragma unroll 4
+        for (int row = 0; row < 16; ++row) {
+            u32 at = base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + row, lane / 2) + lane % 2 * 8;
+            uint2 v;
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+            float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y)), y;
+            y.x = quick_silu(taps[0].x * x[0].x + taps[0].y * x[1].x + taps[0].z * x[2].x + taps[0].w * now.x);
+            y.y = quick_silu(taps[1].x * x[0].y + taps[1].y * x[1].y + taps[1].z * x[2].y + taps[1].w * now.y);
+            y.z = quick_silu(taps[2].x * x[0].z + taps[2].y * x[1].z + taps[2].z * x[2].z + taps[2].w * now.z);
+            y.w = quick_silu(taps[3].x * x[0].w + taps[3].y * x[1].w + taps[3].z * x[2].w + taps[3].w * now.w);
+            float scale = part == 1 ? 1.0f : rsqrtf(warp_sum(y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w) + 1e-6f);
+            bool valid = row < rows_left;  // padding is zero: it leaves the state alone
+            u32 low = valid ? pack_half2(y.x * scale, y.y * scale) : 0, high = valid ? pack_half2(y.z * scale, y.w * scale) : 0;
+            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(low), "r"(high) : "memory");
+            x[0] = x[1], x[1] = x[2], x[2] = now;
+        }
     }
 }
 
@@ -134,6 +153,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
         // One pair of blocks of 32. Above the diagonals of P^-1 and Q^-1 stands scratch: those k are left out.
         int i = t / 4, j = t % 4 * 8;
         float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+#pragma unroll 4
         for (int k = j / 16 * 16; k < 32; ++k) {
             float b = solve[(32 + i) * SOLVE_STRIDE + k];
             float4 p = *(float4*)(solve + k * SOLVE_STRIDE + j), q = *(float4*)(solve + k * SOLVE_STRIDE + j + 4);
@@ -145,6 +165,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
         group_barrier(barrier, 128);
 #pragma unroll
         for (int n = 0; n < 8; ++n) sum[n] = 0;
+#pragma unroll 4
         for (int k = 0; k < (i < 16 ? 16 : 32); ++k) {
             float b = solve[(32 + i) * SOLVE_STRIDE + 32 + k];
             float4 p = *(float4*)(solve + k * SOLVE_STRIDE + 32 + j), q = *(float4*)(solve + k * SOLVE_STRIDE + 36 + j);
@@ -157,19 +178,25 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
     group_barrier(barrier, 128);
 }
 
-// out[64, 128] = R diag(factor) rows, of this warp's 16 tokens, as fp16.
-__device__ __forceinline__ void multiply_inverse(const float* solve, const float2 (&factor)[8], u32 rows, u8* out) {
+// U = R diag(beta) v and -W = -R diag(beta exp(total)) k, of this warp's 16 tokens.
+__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item) {
     int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = 16 * warp + lane / 4;
-    float acc[16][4] = {};
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-        if (k <= warp) {
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+        u32 rows = shared_address(part ? s.key : s.value);
+        float acc[16][4] = {};
+#pragma unroll 1
+        for (int k = 0; k <= warp; ++k) {
             u32 r[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float2 v = *(const float2*)(solve + (row + i % 2 * 8) * SOLVE_STRIDE + 16 * k + i / 2 * 8 + 2 * (lane % 4));
-                float2 f = factor[2 * k + i / 2];
-                r[i] = pack_half2(v.x * f.x, v.y * f.y);
+                int column = 16 * k + i / 2 * 8 + 2 * (lane % 4);
+                float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta + column);
+                if (part) {
+                    float2 total = *(const float2*)(s.total + column);
+                    beta.x *= -__expf(total.x), beta.y *= -__expf(total.y);
+                }
+                r[i] = pack_half2(v.x * beta.x, v.y * beta.y);
             }
 #pragma unroll
             for (int n = 0; n < 16; n += 2) {
@@ -179,44 +206,46 @@ __device__ __forceinline__ void multiply_inverse(const float* solve, const float
                 multiply_half(acc[n + 1], r, b[2], b[3]);
             }
         }
+        u32* at = (u32*)(item + (part ? ITEM_WEIGHT : ITEM_DELTA) + row * HEAD_ROW) + lane % 4;
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-        u32* at = (u32*)(out + row * HEAD_ROW + 16 * n) + lane % 4;
-        at[0] = pack_half2(acc[n][0], acc[n][1]);
-        at[8 * HEAD_ROW / 4] = pack_half2(acc[n][2], acc[n][3]);
+        for (int n = 0; n < 16; ++n) {
+            at[4 * n] = pack_half2(acc[n][0], acc[n][1]);
+            at[4 * n + 8 * HEAD_ROW / 4] = pack_half2(acc[n][2], acc[n][3]);
+        }
     }
 }
 
-// This warp's 16 rows, each times exp(its exponent), to device memory.
-template <class Exponent>
-__device__ __forceinline__ void store_faded(u32 rows, u8* out, Exponent exponent) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        int row = 16 * warp + 2 * i + lane / 16, chunk = lane % 16;
+// This warp's 16 rows of q, faded from the chunk's start, and of k, faded to its end, to device memory.
+__device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, chunk = lane % 16;
+    float end = s.total[CHUNK - 1];
+#pragma unroll 4
+    for (int i = 0; i < 16; ++i) {
+        bool is_key = i >= 8;
+        int row = 16 * warp + 2 * (i % 8) + lane / 16;
         uint4 v;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(rows + swizzled<HEAD_ROW>(row, chunk)) : "memory");
-        float f = __expf(exponent(row));
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk))
+                     : "memory");
+        float f = __expf(is_key ? end - s.total[row] : s.total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
-        *(uint4*)(out + row * HEAD_ROW + 16 * chunk) =
+        *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + row * HEAD_ROW + 16 * chunk) =
             make_uint4(pack_half2(x.x * f, x.y * f), pack_half2(y.x * f, y.y * f), pack_half2(z.x * f, z.y * f), pack_half2(w.x * f, w.y * f));
     }
 }
 
 __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const LinearLayer& layer, int chunk, int head, ChunkScratch& s, int barrier) {
     int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first_token = chunk * CHUNK;
-    int key_head = head / (VALUE_HEADS / KEY_HEADS);
     u8* item = a.items + (long long)(chunk * VALUE_HEADS + head) * ITEM_BYTES;
-    u32 query = shared_address(s.query), key = shared_address(s.key), value = shared_address(s.value);
+    u32 query = shared_address(s.query), key = shared_address(s.key);
     if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);
-    convolve<true>(a, layer, first_token, key_head * KEY_HEAD_DIM, query);
-    convolve<true>(a, layer, first_token, KEY_DIM + key_head * KEY_HEAD_DIM, key);
-    convolve<false>(a, layer, first_token, 2 * KEY_DIM + head * VALUE_HEAD_DIM, value);
+    convolve(a, layer, first_token, head, s);
     group_barrier(barrier, 128);
 
     // k k^T and q k^T; above the diagonal there is nothing to do.
     float kk[8][4] = {}, qk[8][4] = {};
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < KEY_HEAD_DIM / 16; ++k) {
         u32 q_rows[4], k_rows[4];
         load_matrix(q_rows, query + swizzled<HEAD_ROW>(16 * warp + lane % 16, 2 * k + lane / 16));
@@ -232,10 +261,8 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
                 multiply_half(qk[n + 1], q_rows, b[2], b[3]);
             }
     }
-    store_faded(query, item + ITEM_QUERY, [&](int row) { return s.total[row]; });
-    float end = s.total[CHUNK - 1];
-    store_faded(key, item + ITEM_KEY, [&](int row) { return end - s.total[row]; });
-    if (warp == 0 && lane == 0) a.fades[chunk * VALUE_HEADS + head] = __expf(end);
+    store_faded(s, item);
+    if (warp == 0 && lane == 0) a.fades[chunk * VALUE_HEADS + head] = __expf(s.total[CHUNK - 1]);
     group_barrier(barrier, 128);  // the queries are read: the matrix takes their place
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -259,16 +286,7 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
     group_barrier(barrier, 128);
     invert(s.solve, barrier);
 
-    float2 factor[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) factor[i] = *(const float2*)(s.beta + 8 * i + 2 * (lane % 4));
-    multiply_inverse(s.solve, factor, value, item + ITEM_DELTA);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float2 total = *(const float2*)(s.total + 8 * i + 2 * (lane % 4));
-        factor[i].x *= -__expf(total.x), factor[i].y *= -__expf(total.y);
-    }
-    multiply_inverse(s.solve, factor, key, item + ITEM_WEIGHT);
+    multiply_inverse(s, item);
     group_barrier(barrier, 128);  // before the next item overwrites the rows
 }
 

@@ -17,16 +17,16 @@ constexpr int SCAN_BYTES = SCAN_STAGES * SCAN_STAGE + (KEY_HEAD_DIM + CHUNK) * S
 static_assert(SCAN_COLUMNS == 16 || SCAN_COLUMNS == 32 || SCAN_COLUMNS == 64, "");
 static_assert(KEY_HEAD_DIM == SCAN_WARPS * 16, "each warp has 16 rows of the state");
 
-// The matrices of one chunk into a stage.
+// The matrices of one chunk into a stage, by the warps that do not multiply.
 __device__ __forceinline__ void load_scan_stage(const u8* item, u32 stage) {
-    constexpr int HEAD_CHUNKS = 3 * CHUNK * HEAD_ROW / 16, SCORE_CHUNKS = CHUNK * CHUNK * 2 / 16;
+    constexpr int LOADERS = PREFILL_THREADS - 32 * SCAN_WARPS, HEAD_CHUNKS = 3 * CHUNK * HEAD_ROW / 16, SCORE_CHUNKS = CHUNK * CHUNK * 2 / 16;
     static_assert(ITEM_WEIGHT == 0 && ITEM_QUERY == SCAN_QUERY && ITEM_KEY == SCAN_KEY && ITEM_SCORES == SCAN_SCORES, "copied as one range");
-#pragma unroll
-    for (int i = threadIdx.x; i < HEAD_CHUNKS; i += PREFILL_THREADS) {
-        int row = i / (HEAD_ROW / 16);  // of three matrices; a matrix has a multiple of 8 rows
-        copy_async16(stage + swizzled<HEAD_ROW>(row, i % (HEAD_ROW / 16)), item + 16 * i);
-    }
-    for (int i = threadIdx.x; i < SCORE_CHUNKS; i += PREFILL_THREADS)
+    int t = threadIdx.x - 32 * SCAN_WARPS;
+#pragma unroll 4
+    for (int i = t; i < HEAD_CHUNKS; i += LOADERS)
+        copy_async16(stage + swizzled<HEAD_ROW>(i / (HEAD_ROW / 16), i % (HEAD_ROW / 16)), item + 16 * i);
+#pragma unroll 4
+    for (int i = t; i < SCORE_CHUNKS; i += LOADERS)
         copy_async16(stage + SCAN_SCORES + swizzled<CHUNK * 2>(i / 8, i % 8), item + ITEM_SCORES + 16 * i);
 }
 
@@ -43,13 +43,27 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
     const u8* items = a.items + (long long)head * ITEM_BYTES;
     constexpr long long NEXT = (long long)VALUE_HEADS * ITEM_BYTES;
 
-    __syncthreads();  // shared memory is free
+    // What a chunk adds to the products, fetched one chunk ahead.
+    u32 own_delta[2 * SCAN_PAIR] = {};
+    float own_fade = 0;
+    auto fetch = [&](int chunk) {
+        own_fade = a.fades[chunk * VALUE_HEADS + head];
 #pragma unroll
-    for (int i = 0; i < SCAN_STAGES; ++i) {
-        if (i < chunks) load_scan_stage(items + i * NEXT, shared + i * SCAN_STAGE);
-        copy_commit();
-    }
-    float state[STATE_FRAGMENTS][4];
+        for (int n = 0; n < SCAN_PAIR; ++n) {
+            const u32* u = (const u32*)(items + chunk * NEXT + ITEM_DELTA + row * HEAD_ROW + (first_column + 8 * (part * SCAN_PAIR + n)) * 2) + lane % 4;
+            own_delta[2 * n] = u[0], own_delta[2 * n + 1] = u[8 * HEAD_ROW / 4];
+        }
+    };
+    __syncthreads();  // shared memory is free
+    if (!computes)
+#pragma unroll
+        for (int i = 0; i < SCAN_STAGES - 1; ++i) {
+            if (i < chunks) load_scan_stage(items + i * NEXT, shared + i * SCAN_STAGE);
+            copy_commit();
+        }
+    else
+        fetch(0);
+    float state[STATE_FRAGMENTS][4] = {};
     if (computes)
 #pragma unroll
         for (int n = 0; n < STATE_FRAGMENTS; ++n) {
@@ -59,21 +73,27 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
             store_shared(state_rows + (dim + 8) * SCAN_ROW + 16 * n + 4 * (lane % 4), pack_half2(state[n][2], state[n][3]));
         }
     for (int chunk = 0; chunk < chunks; ++chunk) {
-        const u8* item = items + chunk * NEXT;
         u32 stage = shared + chunk % SCAN_STAGES * SCAN_STAGE;
         float delta[SCAN_PAIR][4], output[SCAN_PAIR][4] = {};
-        float fade = 0;
-        if (computes) {
-            fade = a.fades[chunk * VALUE_HEADS + head];
+        float fade = own_fade;
 #pragma unroll
-            for (int n = 0; n < SCAN_PAIR; ++n) {
-                const u32* u = (const u32*)(item + ITEM_DELTA + row * HEAD_ROW + (first_column + 8 * (part * SCAN_PAIR + n)) * 2) + lane % 4;
-                float2 first = unpack_half2(u[0]), second = unpack_half2(u[8 * HEAD_ROW / 4]);
-                delta[n][0] = first.x, delta[n][1] = first.y, delta[n][2] = second.x, delta[n][3] = second.y;
-            }
+        for (int n = 0; n < SCAN_PAIR; ++n) {
+            float2 first = unpack_half2(own_delta[2 * n]), second = unpack_half2(own_delta[2 * n + 1]);
+            delta[n][0] = first.x, delta[n][1] = first.y, delta[n][2] = second.x, delta[n][3] = second.y;
         }
-        copy_wait<SCAN_STAGES - 1>();
-        __syncthreads();  // this chunk's matrices and the state are there
+        if (SCAN_STAGES == 1) {
+            __syncthreads();  // the only stage is read
+            if (!computes) load_scan_stage(items + chunk * NEXT, stage);
+            copy_commit();
+        }
+        copy_wait<SCAN_STAGES == 1 ? 0 : SCAN_STAGES - 2>();
+        __syncthreads();  // this chunk's matrices and the state are there; the chunk before is done
+        if (!computes && SCAN_STAGES > 1) {
+            int ahead = chunk + SCAN_STAGES - 1;
+            if (ahead < chunks) load_scan_stage(items + ahead * NEXT, shared + ahead % SCAN_STAGES * SCAN_STAGE);
+            copy_commit();
+        }
+        if (computes && chunk + 1 < chunks) fetch(chunk + 1);
         if (computes) {
 #pragma unroll
             for (int k = 0; k < KEY_HEAD_DIM / 16; k += 2) {
@@ -141,9 +161,6 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
                 store_shared(state_rows + (dim + 8) * SCAN_ROW + 16 * n + 4 * (lane % 4), pack_half2(state[n][2], state[n][3]));
             }
         }
-        __syncthreads();  // this stage is read
-        if (chunk + SCAN_STAGES < chunks) load_scan_stage(item + SCAN_STAGES * NEXT, stage);
-        copy_commit();
     }
     if (computes)
 #pragma unroll

@@ -32,6 +32,7 @@ struct TileLoader {
     static constexpr int TOKEN_ROUNDS = (TOKEN_TILE + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
     const u8* groups[GROUPS_A_WARP];
     const u8* tokens[TOKEN_ROUNDS];
+    int rounds;  // in which this thread has a token to copy; the places of the others are left as they are
     u32 to_weights, to_tokens;
 
     __device__ __forceinline__ TileLoader(const PrefillArguments& a, u32 shared, int matrix, const u16* input, int token_count, int row_tile,
@@ -41,6 +42,7 @@ struct TileLoader {
         for (int i = 0; i < GROUPS_A_WARP; ++i) groups[i] = group_place<ROWS, COLUMNS>(a, matrix, row_tile * (ROW_TILE / 8) + warp / 2 + 6 * i) + lane * 16;
         to_weights = shared + swizzled<STEP_BYTES>(warp / 2 * 8 + lane / 4, warp % 2 * 4 + lane % 4);
         int row = threadIdx.x / 8;
+        rounds = (min(TOKEN_TILE, token_count - token_tile * TOKEN_TILE) - row + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
 #pragma unroll
         for (int i = 0; i < TOKEN_ROUNDS; ++i) {
             int token = min(token_tile * TOKEN_TILE + row + i * TOKENS_AT_ONCE, token_count - 1);
@@ -57,7 +59,7 @@ struct TileLoader {
             copy_async16(to_weights + offset + i * 6 * 8 * STEP_BYTES, groups[i] + tile);
 #pragma unroll
         for (int i = 0; i < TOKEN_ROUNDS; ++i)
-            if ((i + 1) * TOKENS_AT_ONCE <= TOKEN_TILE || threadIdx.x / 8 + i * TOKENS_AT_ONCE < TOKEN_TILE)
+            if (i < rounds)
                 copy_async16(to_tokens + offset + i * TOKENS_AT_ONCE * STEP_BYTES, tokens[i] + step * STEP_BYTES);
     }
 };
@@ -205,7 +207,7 @@ struct Activation {
         for (int j = 0; j < TOKEN_FRAGMENTS; ++j) {
             const float(&f)[4] = acc[j];
             float x = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[0] : f[2], 16), y = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[1] : f[3], 16);
-            float first = upper ? silu(x) * f[2] : silu(f[0]) * x, second = upper ? silu(y) * f[3] : silu(f[1]) * y;
+            float first = upper ? quick_silu(x) * f[2] : quick_silu(f[0]) * x, second = upper ? quick_silu(y) * f[3] : quick_silu(f[1]) * y;
             u32 pair = transpose8(pack2(first, second));
             int t = token + 8 * j + lane / 4;
             if (t < tokens) *(u32*)(activated + (long long)t * INTERMEDIATE + row / 2 + 2 * (lane % 4)) = pair;

@@ -14,13 +14,18 @@ constexpr long long MOST_PREFETCHED = 24 << 20;         // bytes
 constexpr int GATES = 2 * VALUE_HEADS;  // beta, then the decay's input
 constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
+// With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
+__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float quick_silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
 // One group of 8 rows of a matrix on the tape (gpu/tape.py).
 template <int ROWS, int COLUMNS>
 __device__ __forceinline__ const u8* group_place(const PrefillArguments& a, int matrix, int group) {
     constexpr int GROUPS = (ROWS + 7) / 8;
     group = min(group, GROUPS - 1);
-    int block = (int)(((long long)(group + 1) * BLOCKS - 1) / GROUPS);  // of the decode kernel, which owns the group
-    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - first_group(GROUPS, block)) * COLUMNS * 16;
+    static_assert((long long)GROUPS * BLOCKS < 1u << 31, "32-bit arithmetic");
+    u32 block = ((u32)(group + 1) * BLOCKS - 1) / GROUPS;  // of the decode kernel, which owns the group
+    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - GROUPS * block / BLOCKS) * COLUMNS * 16;
 }
 
 // Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.

@@ -1,4 +1,4 @@
-// The residual stream in float32, and the norms that feed the projections. A warp takes one token.
+// The residual stream in float32, and the norms that feed the projections.
 #pragma once
 
 #include "prefill/model.cuh"
@@ -10,53 +10,74 @@ __device__ __forceinline__ uint4 embedding(const PrefillArguments& a, int token,
     return __ldg((const uint4*)(group + tile_offset<HIDDEN>(column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
 }
 
-// input = x / rms(x) * weight, of one token's row of the residual stream.
-__device__ __forceinline__ void normalise(const float* x, float squares, const float* weight, u16* input) {
-    int lane = threadIdx.x % 32;
-    float scale = rsqrtf(warp_sum(squares) / HIDDEN + NORM_EPS);
-#pragma unroll 4
-    for (int i = lane; i < HIDDEN / 4; i += 32) {
-        float4 v = *(const float4*)(x + 4 * i), w = load_constant4(weight + 4 * i);
-        *(uint2*)(input + 4 * i) = make_uint2(pack2(v.x * scale * w.x, v.y * scale * w.y), pack2(v.z * scale * w.z, v.w * scale * w.w));
+// A token's row is the work of two warps; each lane has ROW_VECTORS times four columns of it.
+constexpr int ROW_WARPS = 2;
+constexpr int ROW_VECTORS = HIDDEN / 4 / (32 * ROW_WARPS);
+constexpr int PARTS_AT_ONCE = ROW_VECTORS <= 4 ? 4 : ROW_VECTORS <= 10 ? 2 : 1;  // splits whose loads are on their way together
+static_assert(HIDDEN % (128 * ROW_WARPS) == 0, "two warps share a row evenly");
+
+__device__ __forceinline__ int first_row() { return blockIdx.x + threadIdx.x / (32 * ROW_WARPS) * gridDim.x; }
+__device__ __forceinline__ int row_step() { return gridDim.x * (PREFILL_WARPS / ROW_WARPS); }
+__device__ __forceinline__ int row_column(int i) { return 4 * (threadIdx.x % (32 * ROW_WARPS) + 32 * ROW_WARPS * i); }
+
+// residual = x, input = x / rms(x) * weight, of one token.
+__device__ __forceinline__ void store_row(const PrefillArguments& a, int token, const float4 (&x)[ROW_VECTORS], const float* weight, u8* memory) {
+    int pair = threadIdx.x / (32 * ROW_WARPS);
+    float* sums = (float*)memory + ROW_WARPS * pair;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < ROW_VECTORS; ++i) {
+        squares += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
+        *(float4*)(a.residual + (long long)token * HIDDEN + row_column(i)) = x[i];
+    }
+    squares = warp_sum(squares);
+    group_barrier(1 + pair, 32 * ROW_WARPS);  // the sums of the token before are read
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % ROW_WARPS] = squares;
+    group_barrier(1 + pair, 32 * ROW_WARPS);
+    float scale = rsqrtf((sums[0] + sums[1]) / HIDDEN + NORM_EPS);
+#pragma unroll
+    for (int i = 0; i < ROW_VECTORS; ++i) {
+        float4 w = load_constant4(weight + row_column(i));
+        *(uint2*)(a.input + (long long)token * HIDDEN + row_column(i)) =
+            make_uint2(pack2(x[i].x * scale * w.x, x[i].y * scale * w.y), pack2(x[i].z * scale * w.z, x[i].w * scale * w.w));
     }
 }
 
-__device__ __forceinline__ void embed(const PrefillArguments& a) {
-    int lane = threadIdx.x % 32;
-    for (int t = blockIdx.x + threadIdx.x / 32 * gridDim.x; t < a.tokens; t += gridDim.x * PREFILL_WARPS) {
-        float* x = a.residual + (long long)t * HIDDEN;
-        float squares = 0;
-        for (int i = lane; i < HIDDEN / 8; i += 32) {
-            float v[8];
-            unpack8(v, embedding(a, a.token_ids[t], 8 * i));
+__device__ __forceinline__ void embed(const PrefillArguments& a, u8* memory) {
+    for (int t = first_row(); t < a.tokens; t += row_step()) {
+        float4 x[ROW_VECTORS];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) squares += v[j] * v[j];
-            *(float4*)(x + 8 * i) = make_float4(v[0], v[1], v[2], v[3]);
-            *(float4*)(x + 8 * i + 4) = make_float4(v[4], v[5], v[6], v[7]);
+        for (int i = 0; i < ROW_VECTORS; ++i) {
+            float v[8];
+            unpack8(v, embedding(a, a.token_ids[t], row_column(i) & ~7));
+            x[i] = row_column(i) & 4 ? make_float4(v[4], v[5], v[6], v[7]) : make_float4(v[0], v[1], v[2], v[3]);
         }
-        __syncwarp();
-        normalise(x, squares, layer_parameters(a.parameters, 0), a.input + (long long)t * HIDDEN);
+        store_row(a, t, x, layer_parameters(a.parameters, 0), memory);
     }
 }
 
 // residual += the sum of a projection's splits, in their order; then the norm of what comes next.
-__device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int splits, const float* weight) {
-    int lane = threadIdx.x % 32;
-    for (int t = blockIdx.x + threadIdx.x / 32 * gridDim.x; t < a.tokens; t += gridDim.x * PREFILL_WARPS) {
-        float* x = a.residual + (long long)t * HIDDEN;
-        float squares = 0;
-#pragma unroll 4
-        for (int i = lane; i < HIDDEN / 4; i += 32) {
-            float4 v = *(const float4*)(x + 4 * i);
-            for (int s = 0; s < splits; ++s) {
-                float4 p = *(const float4*)(a.partials + ((long long)s * a.tokens + t) * HIDDEN + 4 * i);
-                v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
-            }
-            squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-            *(float4*)(x + 4 * i) = v;
+__device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int splits, const float* weight, u8* memory) {
+    for (int t = first_row(); t < a.tokens; t += row_step()) {
+        float4 x[ROW_VECTORS];
+#pragma unroll
+        for (int i = 0; i < ROW_VECTORS; ++i) x[i] = *(const float4*)(a.residual + (long long)t * HIDDEN + row_column(i));
+#pragma unroll 1
+        for (int first = 0; first < splits; first += PARTS_AT_ONCE) {
+            float4 parts[PARTS_AT_ONCE][ROW_VECTORS];
+#pragma unroll
+            for (int s = 0; s < PARTS_AT_ONCE; ++s)
+#pragma unroll
+                for (int i = 0; i < ROW_VECTORS; ++i)
+                    parts[s][i] = first + s < splits ? *(const float4*)(a.partials + ((long long)(first + s) * a.tokens + t) * HIDDEN + row_column(i))
+                                                     : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int s = 0; s < PARTS_AT_ONCE; ++s)
+#pragma unroll
+                for (int i = 0; i < ROW_VECTORS; ++i)
+                    x[i].x += parts[s][i].x, x[i].y += parts[s][i].y, x[i].z += parts[s][i].z, x[i].w += parts[s][i].w;
         }
-        __syncwarp();
-        normalise(x, squares, weight, a.input + (long long)t * HIDDEN);
+        store_row(a, t, x, weight, memory);
     }
 }
 
@@ -72,7 +93,7 @@ __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const Line
         float squares = first.x * first.x + first.y * first.y + second.x * second.x + second.y * second.y;
         float scale = rsqrtf(warp_sum(squares) / VALUE_HEAD_DIM + NORM_EPS);
         *(uint2*)(a.mixed + (long long)t * VALUE_DIM + column) =
-            make_uint2(pack2(first.x * scale * w.x * silu(low_half(z.x)), first.y * scale * w.y * silu(high_half(z.x))),
-                       pack2(second.x * scale * w.z * silu(low_half(z.y)), second.y * scale * w.w * silu(high_half(z.y))));
+            make_uint2(pack2(first.x * scale * w.x * quick_silu(low_half(z.x)), first.y * scale * w.y * quick_silu(high_half(z.x))),
+                       pack2(second.x * scale * w.z * quick_silu(low_half(z.y)), second.y * scale * w.w * quick_silu(high_half(z.y))));
     }
 }

@@ -81,19 +81,30 @@ __device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int
     }
 }
 
-// mixed = o / rms(o) * weight * silu(z), head by head.
+// mixed = o / rms(o) * weight * silu(z), head by head; a warp takes four of them at a time.
 __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const LinearLayer& layer) {
-    int lane = threadIdx.x % 32;
+    constexpr int AT_ONCE = 4;
+    int lane = threadIdx.x % 32, warp = blockIdx.x * PREFILL_WARPS + threadIdx.x / 32, warps = gridDim.x * PREFILL_WARPS;
     float4 w = load_constant4(layer.gated_norm + 4 * lane);
-    for (int i = blockIdx.x * PREFILL_WARPS + threadIdx.x / 32; i < a.tokens * VALUE_HEADS; i += gridDim.x * PREFILL_WARPS) {
-        int t = i / VALUE_HEADS, column = i % VALUE_HEADS * VALUE_HEAD_DIM + 4 * lane;
-        uint2 packed = *(const uint2*)(a.output + (long long)t * VALUE_DIM + column);
-        uint2 z = *(const uint2*)(a.projected + (long long)t * LINEAR_STRIDE + CONV_DIM + column);
-        float2 first = unpack_half2(packed.x), second = unpack_half2(packed.y);
-        float squares = first.x * first.x + first.y * first.y + second.x * second.x + second.y * second.y;
-        float scale = rsqrtf(warp_sum(squares) / VALUE_HEAD_DIM + NORM_EPS);
-        *(uint2*)(a.mixed + (long long)t * VALUE_DIM + column) =
-            make_uint2(pack2(first.x * scale * w.x * quick_silu(low_half(z.x)), first.y * scale * w.y * quick_silu(high_half(z.x))),
-                       pack2(second.x * scale * w.z * quick_silu(low_half(z.y)), second.y * scale * w.w * quick_silu(high_half(z.y))));
+#pragma unroll 1
+    for (int first = warp; first < a.tokens * VALUE_HEADS; first += AT_ONCE * warps) {
+        uint2 packed[AT_ONCE] = {}, z[AT_ONCE] = {};
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            int i = first + n * warps, t = i / VALUE_HEADS, column = i % VALUE_HEADS * VALUE_HEAD_DIM + 4 * lane;
+            if (t >= a.tokens) continue;
+            packed[n] = *(const uint2*)(a.output + (long long)t * VALUE_DIM + column);
+            z[n] = *(const uint2*)(a.projected + (long long)t * LINEAR_STRIDE + CONV_DIM + column);
+        }
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            int i = first + n * warps, t = i / VALUE_HEADS, column = i % VALUE_HEADS * VALUE_HEAD_DIM + 4 * lane;
+            float2 x = unpack_half2(packed[n].x), y = unpack_half2(packed[n].y);
+            float scale = rsqrtf(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
+            if (t < a.tokens)
+                *(uint2*)(a.mixed + (long long)t * VALUE_DIM + column) =
+                    make_uint2(pack2(x.x * scale * w.x * quick_silu(low_half(z[n].x)), x.y * scale * w.y * quick_silu(high_half(z[n].x))),
+                               pack2(y.x * scale * w.z * quick_silu(low_half(z[n].y)), y.y * scale * w.w * quick_silu(high_half(z[n].y))));
+        }
     }
 }

@@ -13,29 +13,54 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
 from onekernel.gpu import decoder
+from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
-from onekernel.gpu.device import find_gpu
+from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
 from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
 from onekernel.gpu.prefiller import Prefiller
-from onekernel.sampling.params import SampledToken, SamplingParams
+from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler
 
 TOKENS_PER_LAUNCH = 256
-LEAST_PREFILL = 8  # tokens from which on one prefill is quicker than so many steps of the decode kernel
+LEAST_PREFILL = 16  # tokens from which on one prefill takes less time than so many steps of the decode kernel
+
+
+def usable_gpu() -> Gpu:
+    """The GPU that CudaBackend would use.
+
+    Raises:
+        BackendError: there is none, or no compiler for its kernels; one sentence says why.
+    """
+    gpu = find_gpu()
+    compiler_version()
+    return gpu
+
+
+def check_fits(gpu: Gpu, shape: Shape) -> None:
+    """Whether a model of this shape runs on `gpu` beside what is there now.
+
+    Raises:
+        UnsupportedModel, NotEnoughMemory: it does not; the message says why.
+    """
+    decoder.check_memory(gpu, _layout(gpu, shape, shape.vocab))
 
 
 def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
     gpu = find_gpu()
-    layout = Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory)
+    layout = _layout(gpu, shape, shape.vocab)
     prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
     scratch = sum(prefill.scratch(MOST_CHUNK_TOKENS).values()) if prefill else 0
     return decoder.memory_needed(shape, layout) + scratch
 
 
+def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
+    return Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
+
+
 class CudaBackend(StepwiseBackend[State]):
-    """Greedy generation runs ahead on the GPU, many tokens a launch; other sampling takes one launch a token for now."""
+    """Generation runs ahead on the GPU, many tokens a launch, sampling included."""
 
     name = "cuda"
     runs_ahead = True
@@ -60,8 +85,8 @@ class CudaBackend(StepwiseBackend[State]):
             CheckpointError: see load_weights.
         """
         check_limits(shape, vocabulary_size, max_context)
-        gpu = find_gpu()
-        layout = Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
+        gpu = usable_gpu()
+        layout = _layout(gpu, shape, vocabulary_size)
         prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
         decoder = Decoder(gpu, layout, load_weights(folder, shape))
         prefiller = Prefiller(decoder, prefill) if prefill else None
@@ -95,7 +120,7 @@ class CudaBackend(StepwiseBackend[State]):
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
     ) -> Generator[SampledToken, None, None]:
-        if not on_device(sampler.params) or len(stop_tokens) > MOST_STOP_TOKENS:
+        if len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
         self._advance(state, tokens[:-1])
@@ -104,13 +129,13 @@ class CudaBackend(StepwiseBackend[State]):
             # The last token of a launch is not consumed by it, so it may stand right behind the end of the context.
             room = self.max_context - state.position - len(tokens) + 1
             count = min(max_tokens, room, TOKENS_PER_LAUNCH)
-            with closing(self.decoder.greedy(state, tokens, count, stop_tokens)) as made:
+            with closing(self.decoder.generate(state, tokens, sampler, count, stop_tokens)) as made:
                 for token in made:
-                    yield SampledToken(token)
+                    yield token
             max_tokens -= count
-            if token in stop_tokens or count == room:
+            if token.id in stop_tokens or count == room:
                 return
-            tokens = [token]
+            tokens = [token.id]
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
@@ -134,14 +159,3 @@ class CudaBackend(StepwiseBackend[State]):
                 self._prefiller.close()
             self._decoder.close()
             self._decoder = self._prefiller = None
-
-
-def on_device(sampling: SamplingParams) -> bool:
-    """Whether the kernel itself can choose the tokens."""
-    return (
-        sampling.greedy
-        and sampling.logprobs is None
-        and not sampling.logit_bias
-        and sampling.presence_penalty == sampling.frequency_penalty == 0
-        and sampling.repetition_penalty == 1
-    )

@@ -67,7 +67,11 @@ class CudaBackend(StepwiseBackend[State]):
     prefill_chunk = MOST_CHUNK_TOKENS
 
     def __init__(
-        self, decoder: Decoder, prefiller: Prefiller | None, vocabulary_size: int, max_context: int | None = None
+        self,
+        decoder: Decoder,
+        vocabulary_size: int,
+        max_context: int | None = None,
+        prefiller: Prefiller | None = None,
     ) -> None:
         """Args: see StepwiseBackend; without a prefiller, prompts go through the decode kernel."""
         super().__init__(decoder.shape, vocabulary_size, max_context)
@@ -90,7 +94,7 @@ class CudaBackend(StepwiseBackend[State]):
         prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
         decoder = Decoder(gpu, layout, load_weights(folder, shape))
         prefiller = Prefiller(decoder, prefill) if prefill else None
-        return cls(decoder, prefiller, vocabulary_size, max_context)
+        return cls(decoder, vocabulary_size, max_context, prefiller)
 
     @property
     def decoder(self) -> Decoder:

@@ -105,6 +105,7 @@ class PrefillLayout:
         """Bytes of each scratch array for chunks of up to `tokens` tokens."""
         s = self.shape
         chunks = -(-tokens // CHUNK)
+        padded = -(-tokens // self.token_tile) * self.token_tile  # inputs of products stand in whole tiles
         partial_rows = max(
             t * max(self.splits(t, s.intermediate), self.splits(t, s.value_dim), self.splits(t, s.query_dim))
             for t in range(1, tokens + 1)
@@ -112,14 +113,14 @@ class PrefillLayout:
         return {
             "token_ids": 4 * tokens,
             "residual": 4 * tokens * s.hidden,
-            "input": 2 * tokens * s.hidden,
+            "input": 2 * padded * s.hidden,
             "projected": 2 * tokens * max(s.conv_dim + s.value_dim, 2 * s.query_dim + 2 * s.kv_dim),
-            "gates": 4 * tokens * 2 * s.value_heads,
+            "gates": 4 * tokens * -(-2 * s.value_heads // 16) * 16,
             "items": chunks * s.value_heads * ITEM_BYTES,
             "fades": 4 * chunks * s.value_heads,
             "output": 2 * tokens * s.value_dim,
-            "mixed": 2 * tokens * max(s.value_dim, s.query_dim),
-            "activated": 2 * tokens * s.intermediate,
+            "mixed": 2 * padded * max(s.value_dim, s.query_dim),
+            "activated": 2 * padded * s.intermediate,
             "partials": 4 * partial_rows * s.hidden,
         }
 
@@ -168,14 +169,14 @@ class PrefillArguments(ctypes.Structure):
         ("unsigned char*", "state"),  # see state.cuh
         ("const int*", "token_ids"),  # [tokens]
         ("float*", "residual"),  # [tokens, HIDDEN]
-        ("unsigned short*", "input"),  # [tokens, HIDDEN]: the normed residual, 16 bit
+        ("unsigned short*", "input"),  # [tokens, HIDDEN]: the normed residual, 16 bit, as input_place says
         ("unsigned short*", "projected"),  # [tokens, LINEAR_STRIDE or FULL_STRIDE]
-        ("float*", "gates"),  # [tokens, 2 * VALUE_HEADS]
+        ("float*", "gates"),  # [tokens, GATE_STRIDE]
         ("unsigned char*", "items"),  # [chunks, VALUE_HEADS, ITEM_BYTES]
         ("float*", "fades"),  # [chunks, VALUE_HEADS]: what a chunk leaves of the state that enters it
         ("unsigned short*", "output"),  # [tokens, VALUE_DIM] of the delta rule, fp16
-        ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM]
-        ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE]
+        ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM], as input_place says
+        ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE], as input_place says
         ("float*", "partials"),  # [splits, tokens, HIDDEN]
         ("float*", "logits"),  # [logits_count, VOCAB], or null
         ("unsigned int*", "barrier"),  # zero before the launch

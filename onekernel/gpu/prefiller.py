@@ -23,8 +23,6 @@ from onekernel.gpu.prefill_layout import (
 )
 from onekernel.gpu.source import assemble
 
-LOGITS_AT_ONCE = 176  # tokens whose logits are on the GPU together
-
 
 def prefill_source(layout: PrefillLayout) -> str:
     return assemble("prefill.cu", layout.constants(), layout.declarations())
@@ -80,11 +78,11 @@ class Prefiller:
             state.position += len(part)
 
     def logits(self, state: State, tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Consume `tokens`; float32 [up to LOGITS_AT_ONCE, vocab] logits after each, slice after slice.
+        """Consume `tokens`; float32 [up to token_tile, vocab] logits after each, slice after slice.
 
         Raises: see prefill.
         """
-        most = min(len(tokens), LOGITS_AT_ONCE)
+        most = self.layout.token_tile  # whole tiles: see input_place in prefill/model.cuh
         self._prepare(state, len(tokens), 4 * most * self.shape.vocab)
         buffer = DeviceBuffer(4 * most * self.shape.vocab)
         for start in range(0, len(tokens), MOST_CHUNK_TOKENS):

@@ -136,6 +136,16 @@ def dump(prefiller: Prefiller, name: str, dtype: type, *dims: int) -> np.ndarray
     return widen(data) if dtype is np.uint16 else data.astype(np.float32)
 
 
+def dump_input(prefiller: Prefiller, name: str, count: int, columns: int) -> np.ndarray:
+    """[count, columns] of an array that stands in tiles (input_place in prefill/model.cuh)."""
+    tile = prefiller.layout.token_tile
+    tiles = -(-count // tile)
+    data = prefiller.scratch[name].read(np.uint16, tiles * tile * columns).reshape(tiles, columns // 64, tile, 8, 8)
+    rows, chunks = np.arange(tile)[:, None], np.arange(8)
+    straight = data[:, :, rows, chunks ^ (rows & 7)]
+    return widen(straight.transpose(0, 2, 1, 3, 4).reshape(tiles * tile, columns)[:count])
+
+
 def run(
     prefiller: Prefiller, reference: ReferenceState, tokens: list[int], end: int, one_by_one: bool = False
 ) -> State:
@@ -171,7 +181,7 @@ def check_layer(
         qkv, z, a, b = linear_attention.project(mixer, normed)
         phase(0)
         projected = dump(prefiller, "projected", np.uint16, count, shape.conv_dim + shape.value_dim)
-        gates = dump(prefiller, "gates", np.float32, count, 2 * shape.value_heads)
+        gates = dump(prefiller, "gates", np.float32, count, -(-2 * shape.value_heads // 16) * 16)[:, : 2 * shape.value_heads]
         say(0, "qkv", projected[:, : shape.conv_dim], qkv)
         say(0, "z", projected[:, shape.conv_dim :], z)
         say(0, "b a", gates, np.concatenate([b, a], 1))
@@ -206,7 +216,7 @@ def check_layer(
         say(2, "output", output, mixed)
         mixed = norm.gated_rms_norm(mixed, z.reshape(mixed.shape), mixer.norm, shape.norm_eps).reshape(count, -1)
         phase(3)
-        say(3, "mixed", dump(prefiller, "mixed", np.uint16, count, shape.value_dim), mixed)
+        say(3, "mixed", dump_input(prefiller, "mixed", count, shape.value_dim), mixed)
         out = mixed @ mixer.out_proj.T
     else:
         query, gate, key, value = attention.project(mixer, shape, normed)
@@ -224,7 +234,7 @@ def check_layer(
         say(1, "query", together[:, : 2 * shape.query_dim].reshape(count, shape.heads, 2, 256)[:, :, 0], query)
         mixed = (attention.causal_attention(query, keys, values) * norm.sigmoid(gate)).reshape(count, -1)
         phase(2)
-        say(2, "mixed", dump(prefiller, "mixed", np.uint16, count, shape.query_dim), mixed)
+        say(2, "mixed", dump_input(prefiller, "mixed", count, shape.query_dim), mixed)
         out = mixed @ mixer.o_proj.T
     phase(4)
     say(4, "out", partials(mixer_splits), out)
@@ -232,10 +242,10 @@ def check_layer(
     normed = norm.rms_norm(x, weights.post_attention_layernorm, shape.norm_eps)
     phase(5)
     say(5, "residual", dump(prefiller, "residual", np.float32, count, shape.hidden), x)
-    say(5, "input", dump(prefiller, "input", np.uint16, count, shape.hidden), normed)
+    say(5, "input", dump_input(prefiller, "input", count, shape.hidden), normed)
     activated = norm.silu(normed @ weights.mlp.gate_proj.T) * (normed @ weights.mlp.up_proj.T)
     phase(6)
-    say(6, "activated", dump(prefiller, "activated", np.uint16, count, shape.intermediate), activated)
+    say(6, "activated", dump_input(prefiller, "activated", count, shape.intermediate), activated)
     phase(7)
     out = activated @ weights.mlp.down_proj.T
     say(7, "down", partials(mlp_splits), out)
@@ -286,7 +296,7 @@ def phases(shape: Shape, weights: Weights, lengths: list[int]) -> None:
         print(
             "  input",
             error(
-                dump(prefiller, "input", np.uint16, count, shape.hidden),
+                dump_input(prefiller, "input", count, shape.hidden),
                 norm.rms_norm(x, parameters.layers[0].input_layernorm, shape.norm_eps),
             ),
         )
@@ -319,7 +329,7 @@ def prompts(shape: Shape, weights: Weights, lengths: list[int]) -> None:
                 prefiller.prefill(state, tokens[start : start + cut])
                 start += cut
             last = (cuts[-1] - 1) % 2048 + 1
-            ours = dump(prefiller, "input", np.uint16, last, shape.hidden)
+            ours = dump_input(prefiller, "input", last, shape.hidden)
             print(
                 f"== {count} tokens in {cuts}: last hidden {error(ours[-1], hidden[-1])}; all {error(ours, hidden[-last:])}"
             )
@@ -396,10 +406,25 @@ def transformers(shape: Shape, weights: Weights, lengths: list[int]) -> None:
                 )
 
 
+def variants(shape: Shape, weights: Weights, lengths: list[int]) -> None:
+    """Times of other layouts than the planned one, on the same weights."""
+    first = make(shape, weights)
+    for change in ({}, {"scan_columns": 32}, {"scan_columns": 64}, {"token_tile": 256}):
+        print("######", change)
+        layout = dataclasses.replace(first.layout, **change)
+        time_all(Prefiller(first.decoder, layout), lengths)
+
+
 def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
+    prefiller = make(shape, weights)
+    time_all(prefiller, lengths)
+    prefiller.decoder.close()
+
+
+def time_all(prefiller: Prefiller, lengths: list[int]) -> None:
     from cuda.bindings import driver
 
-    prefiller = make(shape, weights)
+    shape = prefiller.shape
     random = np.random.default_rng(3)
     events = [check(driver.cuEventCreate(0)) for _ in range(2)]
     state = prefiller.decoder.new_state()
@@ -439,15 +464,31 @@ def times(shape: Shape, weights: Weights, lengths: list[int]) -> None:
         for name, values in kinds.items():
             print(f"   {name:14} {np.median(values):8.2f} us x {len(values)} = {sum(values):9.1f} us")
     print("scratch bytes", {k: f"{v.nbytes:,}" for k, v in prefiller.scratch.items()}, flush=True)
-    prefiller.decoder.close()
+
+
+def allow_plain_launches() -> None:
+    from cuda.bindings import driver
+
+    cooperative = driver.cuLaunchCooperativeKernel
+
+    def launch(*arguments: object) -> tuple[object, ...]:
+        result = cooperative(*arguments)
+        if result[0] != driver.CUresult.CUDA_SUCCESS:
+            print("COOPERATIVE LAUNCH REFUSED", result, flush=True)
+            result = driver.cuLaunchKernel(*arguments, 0)
+        return result
+
+    driver.cuLaunchCooperativeKernel = launch
 
 
 def main() -> None:
+    allow_plain_launches()
     what, *rest = sys.argv[1:]
-    if "no-wgmma" in rest:
-        rest.remove("no-wgmma")
-        original = module.prefill_source
-        module.prefill_source = lambda layout: original(layout).replace("__CUDA_ARCH_FEAT_SM90_ALL", "NEVER")
+    for word, old, new in (("no-wgmma", "__CUDA_ARCH_FEAT_SM90_ALL", "NEVER"), ("no-prefetch", "24 << 20", "0")):
+        if word in rest:
+            rest.remove(word)
+            original = module.prefill_source
+            module.prefill_source = lambda layout, of=original, a=old, b=new: of(layout).replace(a, b)
     for word in [word for word in rest if "=" in word]:  # such as token_tile=128
         rest.remove(word)
         OVERRIDES[word.split("=")[0]] = int(word.split("=")[1])
@@ -457,7 +498,7 @@ def main() -> None:
     if size == "demo":
         shape = dataclasses.replace(Shape.load(Path(__file__).parents[2] / "onekernel" / "demo"), mtp_layers=0)
     else:
-        shape = SIZES[size] if what in ("times", "compile") else shortened(size)
+        shape = SIZES[size] if what in ("times", "variants", "compile") else shortened(size)
     print(f"#### {what} {size} {lengths}", flush=True)
     start = time.time()
     try:
@@ -467,7 +508,7 @@ def main() -> None:
             plan = plan_for(layout, gpu)
             compile_cached(module.prefill_source(plan), gpu.arch, "prefill")
             return
-        {"phases": phases, "prompts": prompts, "transformers": transformers, "times": times}[what](
+        {"phases": phases, "prompts": prompts, "transformers": transformers, "times": times, "variants": variants}[what](
             shape, random_weights(shape), lengths
         )
     except Exception:  # a script for people: show the failure, and let the next part run

@@ -11,14 +11,16 @@
 #include "prefill/attention.cuh"
 #include "primitive/grid_barrier.cuh"
 
+static_assert(VOCAB % 16 == 0, "a warp stores 16 rows at a time");
+
 constexpr int PHASES_A_LAYER = 9;
 constexpr int PHASES = 1 + PHASES_A_LAYER * LAYERS;  // the embedding first; the LM head may follow as phase PHASES
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int PREFILL_SHARED =
-    larger(larger(GEMM_STAGES * GEMM_STAGE, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, ATTENTION_BYTES)) + 1024;
+constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
+    larger(larger(GEMM_STAGES * GEMM_STAGE, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, ATTENTION_BYTES));
 
-extern "C" __device__ int shared_bytes = PREFILL_SHARED;  // the host reads these before the first launch
+extern "C" __device__ int shared_bytes = PREFILL_SHARED + 1024;  // the host reads these before the first launch
 extern "C" __device__ int item_bytes = ITEM_BYTES;
 
 // Phase 3 of attention layers is empty.
@@ -31,7 +33,7 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
     if (phase == 0) return embed(a, memory);
     if (phase == PHASES)
         return gemm<VOCAB, HIDDEN>(a, shared, 4 * LAYERS, a.input + (long long)a.logits_first * HIDDEN, a.logits_count, 1,
-                                   FloatRows{a.logits, VOCAB, a.logits_count});
+                                   FloatRows<VOCAB>{a.logits, a.logits_count});
     int layer = (phase - 1) / PHASES_A_LAYER, matrix = 4 * layer;
     const float* parameters = layer_parameters(a.parameters, layer);
     switch ((phase - 1) % PHASES_A_LAYER) {
@@ -39,7 +41,7 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             if (is_full(layer))
                 gemm<FULL_STRIDE, HIDDEN>(a, shared, matrix, a.input, a.tokens, 1, FullProjection{a.projected, a.tokens});
             else
-                gemm<LINEAR_STRIDE + GATES, HIDDEN>(a, shared, matrix, a.input, a.tokens, 1, LinearProjection{a.projected, a.gates, a.tokens});
+                gemm<LINEAR_STRIDE + 2 * VALUE_HEADS, HIDDEN>(a, shared, matrix, a.input, a.tokens, 1, LinearProjection{a.projected, a.gates, a.tokens});
             break;
         case 1:
             if (is_full(layer))
@@ -48,7 +50,7 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
                 delta_chunks(a, linear_layer(a, layer), memory);
             break;
         case 2:
-            if (is_full(layer))
+            if (is_full(layer) && QUERY_DIM != VALUE_DIM)
                 prefetch_matrix<HIDDEN, QUERY_DIM>(a, matrix + 1);
             else
                 prefetch_matrix<HIDDEN, VALUE_DIM>(a, matrix + 1);
@@ -61,27 +63,29 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             if (!is_full(layer)) gated_norm(a, linear_layer(a, layer));
             break;
         case 4:
-            if (is_full(layer))
-                gemm<HIDDEN, QUERY_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows{a.partials, HIDDEN, a.tokens});
+            if (is_full(layer) && QUERY_DIM != VALUE_DIM)
+                gemm<HIDDEN, QUERY_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows<HIDDEN>{a.partials, a.tokens});
             else
-                gemm<HIDDEN, VALUE_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows{a.partials, HIDDEN, a.tokens});
+                gemm<HIDDEN, VALUE_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows<HIDDEN>{a.partials, a.tokens});
             break;
         case 5:
-            prefetch_matrix<2 * INTERMEDIATE, HIDDEN>(a, matrix + 2);
-            prefetch_matrix<HIDDEN, INTERMEDIATE>(a, matrix + 3);
-            add_and_normalise(a, a.mixer_splits, parameters + HIDDEN, memory);
+        case 8: {
+            bool after_mixer = (phase - 1) % PHASES_A_LAYER == 5;
+            if (after_mixer) {
+                prefetch_matrix<2 * INTERMEDIATE, HIDDEN>(a, matrix + 2);
+                prefetch_matrix<HIDDEN, INTERMEDIATE>(a, matrix + 3);
+            } else if (layer + 1 < LAYERS) {
+                if (is_full(layer + 1))
+                    prefetch_matrix<FULL_STRIDE, HIDDEN>(a, matrix + 4);
+                else
+                    prefetch_matrix<LINEAR_STRIDE + 2 * VALUE_HEADS, HIDDEN>(a, matrix + 4);
+            }
+            const float* weight = after_mixer ? parameters + HIDDEN : layer_parameters(a.parameters, layer + 1);
+            add_and_normalise(a, after_mixer ? a.mixer_splits : a.mlp_splits, weight, memory);
             break;
+        }
         case 6: gemm<2 * INTERMEDIATE, HIDDEN>(a, shared, matrix + 2, a.input, a.tokens, 1, Activation{a.activated, a.tokens}); break;
-        case 7: gemm<HIDDEN, INTERMEDIATE>(a, shared, matrix + 3, a.activated, a.tokens, a.mlp_splits, FloatRows{a.partials, HIDDEN, a.tokens}); break;
-        case 8:
-            if (layer + 1 == LAYERS)
-                ;
-            else if (is_full(layer + 1))
-                prefetch_matrix<FULL_STRIDE, HIDDEN>(a, matrix + 4);
-            else
-                prefetch_matrix<LINEAR_STRIDE + GATES, HIDDEN>(a, matrix + 4);
-            add_and_normalise(a, a.mlp_splits, layer_parameters(a.parameters, layer + 1), memory);
-            break;
+        case 7: gemm<HIDDEN, INTERMEDIATE>(a, shared, matrix + 3, a.activated, a.tokens, a.mlp_splits, FloatRows<HIDDEN>{a.partials, a.tokens}); break;
     }
 }
 

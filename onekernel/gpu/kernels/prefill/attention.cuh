@@ -59,14 +59,17 @@ __device__ __forceinline__ void rotate(const PrefillArguments& a, const FullLaye
     }
 }
 
+// Keys, then values, of KEY_TILE positions; by the 128 threads of a group.
 __device__ __forceinline__ void load_key_tile(const FullLayer& layer, long long head_offset, int first_key, int last_key, u32 stage) {
-    int t = threadIdx.x % 128;
-#pragma unroll
-    for (int i = 0; i < 2 * KEY_TILE * 32 / 128; ++i) {
-        int row = t / 32 + 4 * i, chunk = t % 32;  // rows of keys, then of values
-        int key = min(first_key + row % KEY_TILE, last_key);
-        const u16* from = (i < KEY_TILE / 4 ? layer.keys : layer.values) + head_offset + (long long)key * HEAD_DIM + 8 * chunk;
-        copy_async16(stage + swizzled<KEY_ROW>(row, chunk), from);
+    int t = threadIdx.x % 128, chunk = t % 32;
+    const u16* from = layer.keys + head_offset + 8 * chunk;
+    long long to_values = layer.values - layer.keys;
+#pragma unroll 2
+    for (int row = t / 32; row < KEY_TILE; row += 4) {
+        const u16* key = from + (long long)min(first_key + row, last_key) * HEAD_DIM;
+        u32 to = stage + swizzled<KEY_ROW>(row, chunk);
+        copy_async16(to, key);
+        copy_async16(to + KEY_TILE * KEY_ROW, key + to_values);
     }
 }
 
@@ -80,12 +83,13 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
     bool active = group < ATTENTION_GROUPS;
 
     __syncthreads();  // shared memory is free
+#pragma unroll 2
     for (int i = threadIdx.x; i < QUERY_ROWS * 32; i += PREFILL_THREADS) {
         int row = i / 32, token = min(first_token + row / GROUP_QUERIES, a.tokens - 1), head = kv_head * GROUP_QUERIES + row % GROUP_QUERIES;
         copy_async16(queries + swizzled<KEY_ROW>(row, i % 32), a.projected + (long long)token * FULL_STRIDE + head * 2 * HEAD_DIM + 8 * (i % 32));
     }
     if (active)
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < ATTENTION_STAGES; ++i) {
             int key_tile = group + i * ATTENTION_GROUPS;
             if (key_tile < key_tiles) load_key_tile(layer, head_offset, key_tile * KEY_TILE, keys - 1, stages + i * KEY_STAGE);
@@ -108,7 +112,7 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
         copy_wait<ATTENTION_STAGES - 1>();
         group_barrier(1 + group, 128);
         float scores[KEY_TILE / 8][4] = {};
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < HEAD_DIM / 16; ++k) {
             u32 q[4];
             load_matrix(q, queries + swizzled<KEY_ROW>(16 * warp + lane % 16, 2 * k + lane / 16));
@@ -214,7 +218,7 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
             int r = first_row + 8 * i, token = r / GROUP_QUERIES, head = kv_head * GROUP_QUERIES + r % GROUP_QUERIES;
             if (token < tokens) {
                 u32 gate = *(const u32*)(a.projected + (long long)(first_token + token) * FULL_STRIDE + head * 2 * HEAD_DIM + HEAD_DIM + dim);
-                *(u32*)(a.mixed + (long long)(first_token + token) * QUERY_DIM + head * HEAD_DIM + dim) =
+                *(u32*)input_place<QUERY_DIM>(a.mixed, first_token + token, head * HEAD_DIM + dim) =
                     pack2((i ? sum.z : sum.x) * quick_sigmoid(low_half(gate)), (i ? sum.w : sum.y) * quick_sigmoid(high_half(gate)));
             }
         }

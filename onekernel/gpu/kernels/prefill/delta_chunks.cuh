@@ -60,7 +60,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
         }
         copy_wait<0>();
         __syncwarp();
-#pragma unroll 4
+#pragma unroll 2
         for (int row = 0; row < 16; ++row) {
             u32 at = base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + row, lane / 2) + lane % 2 * 8;
             uint2 v;
@@ -89,8 +89,8 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
         float beta = 0;
         decay[i] = 0;
         if (token < a.tokens) {
-            const float* gates = a.gates + (long long)token * GATES + head;
-            beta = sigmoid(gates[0]);
+            const float* gates = a.gates + (long long)token * GATE_STRIDE + head;
+            beta = quick_sigmoid(gates[0]);
             float x = gates[VALUE_HEADS] + load_constant(layer.dt_bias + head);
             decay[i] = load_constant(layer.negative_decay_rate + head) * (x > 20.0f ? x : log1pf(__expf(x)));
         }
@@ -116,10 +116,16 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
         float x[16];
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
-            float sum = i == column ? 1.0f : 0.0f;
+            float sum[4] = {i == column ? 1.0f : 0.0f, 0, 0, 0};
 #pragma unroll
-            for (int k = 0; k < i; ++k) sum -= block[i * SOLVE_STRIDE + k] * x[k];
-            x[i] = sum;
+            for (int k = 0; k < i; k += 4) {  // what stands from the diagonal on is zero
+                float4 row = *(const float4*)(block + i * SOLVE_STRIDE + k);
+                sum[0] -= row.x * x[k];
+                if (k + 1 < i) sum[1] -= row.y * x[k + 1];
+                if (k + 2 < i) sum[2] -= row.z * x[k + 2];
+                if (k + 3 < i) sum[3] -= row.w * x[k + 3];
+            }
+            x[i] = sum[0] + sum[1] + (sum[2] + sum[3]);
         }
         __syncwarp();
 #pragma unroll
@@ -131,7 +137,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
         float* corner = solve + (t / 64 * 32) * (SOLVE_STRIDE + 1);
         int i = t % 64 / 4, j = t % 4 * 4;
         float sum[4] = {0, 0, 0, 0};
-#pragma unroll
+#pragma unroll 4
         for (int k = 0; k < 16; ++k) {
             float b = corner[(16 + i) * SOLVE_STRIDE + k];
             float4 p = *(float4*)(corner + k * SOLVE_STRIDE + j);
@@ -140,7 +146,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
         *(float4*)(corner + i * SOLVE_STRIDE + 16 + j) = make_float4(sum[0], sum[1], sum[2], sum[3]);
         group_barrier(barrier, 128);
         sum[0] = sum[1] = sum[2] = sum[3] = 0;
-#pragma unroll
+#pragma unroll 4
         for (int k = 0; k < 16; ++k) {
             float q = corner[(16 + i) * SOLVE_STRIDE + 16 + k];
             float4 p = *(float4*)(corner + k * SOLVE_STRIDE + 16 + j);
@@ -194,7 +200,7 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item
                 float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta + column);
                 if (part) {
                     float2 total = *(const float2*)(s.total + column);
-                    beta.x *= -__expf(total.x), beta.y *= -__expf(total.y);
+                    beta.x *= -quick_exp(total.x), beta.y *= -quick_exp(total.y);
                 }
                 r[i] = pack_half2(v.x * beta.x, v.y * beta.y);
             }
@@ -219,7 +225,7 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item
 __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
     int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, chunk = lane % 16;
     float end = s.total[CHUNK - 1];
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < 16; ++i) {
         bool is_key = i >= 8;
         int row = 16 * warp + 2 * (i % 8) + lane / 16;
@@ -228,7 +234,7 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                      : "r"(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk))
                      : "memory");
-        float f = __expf(is_key ? end - s.total[row] : s.total[row]);
+        float f = quick_exp(is_key ? end - s.total[row] : s.total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
         *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + row * HEAD_ROW + 16 * chunk) =
             make_uint4(pack_half2(x.x * f, x.y * f), pack_half2(y.x * f, y.y * f), pack_half2(z.x * f, z.y * f), pack_half2(w.x * f, w.y * f));
@@ -262,27 +268,25 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
             }
     }
     store_faded(s, item);
-    if (warp == 0 && lane == 0) a.fades[chunk * VALUE_HEADS + head] = __expf(s.total[CHUNK - 1]);
+    if (warp == 0 && lane == 0) a.fades[chunk * VALUE_HEADS + head] = quick_exp(s.total[CHUNK - 1]);
     group_barrier(barrier, 128);  // the queries are read: the matrix takes their place
+    int i = 16 * warp + lane / 4;
+    float from[2] = {s.total[i], s.total[i + 8]}, beta[2] = {s.beta[i], s.beta[i + 8]};
+    u32* scores = (u32*)(item + ITEM_SCORES + i * CHUNK * 2) + lane % 4;
+    float* solve = s.solve + i * SOLVE_STRIDE + 2 * (lane % 4);
+    i -= 2 * (lane % 4);  // minus the first column of fragment 0
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < 8; ++n) {
+        float2 to = *(const float2*)(s.total + 8 * n + 2 * (lane % 4));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int i = 16 * warp + lane / 4 + 8 * half, j = 8 * n + 2 * (lane % 4);
-            float2 scores = {0, 0}, correlation = {0, 0};
-            if (j <= i) {
-                float fade = __expf(s.total[i] - s.total[j]);
-                scores.x = qk[n][2 * half] * fade;
-                if (j < i) correlation.x = s.beta[i] * kk[n][2 * half] * fade;
-            }
-            if (j + 1 <= i) {
-                float fade = __expf(s.total[i] - s.total[j + 1]);
-                scores.y = qk[n][2 * half + 1] * fade;
-                if (j + 1 < i) correlation.y = s.beta[i] * kk[n][2 * half + 1] * fade;
-            }
-            *(u32*)(item + ITEM_SCORES + (i * CHUNK + j) * 2) = pack_half2(scores.x, scores.y);
-            *(float2*)(s.solve + i * SOLVE_STRIDE + j) = correlation;
+            int below = i + 8 * half - 8 * n;  // row minus column
+            float fade = below >= 0 ? quick_exp(from[half] - to.x) : 0.0f, next = below >= 1 ? quick_exp(from[half] - to.y) : 0.0f;
+            scores[4 * n + half * (8 * CHUNK / 2)] = pack_half2(qk[n][2 * half] * fade, qk[n][2 * half + 1] * next);
+            *(float2*)(solve + 8 * n + half * 8 * SOLVE_STRIDE) = make_float2(below >= 1 ? beta[half] * kk[n][2 * half] * fade : 0.0f,
+                                                                              below >= 2 ? beta[half] * kk[n][2 * half + 1] * next : 0.0f);
         }
+    }
     group_barrier(barrier, 128);
     invert(s.solve, barrier);
 

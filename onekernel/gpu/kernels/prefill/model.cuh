@@ -11,12 +11,31 @@ constexpr int CHUNK = 64;                            // tokens of the delta rule
 constexpr int LINEAR_STRIDE = CONV_DIM + VALUE_DIM;  // numbers of a token's row in `projected`: q, k, v | z
 constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
 constexpr long long MOST_PREFETCHED = 24 << 20;         // bytes
-constexpr int GATES = 2 * VALUE_HEADS;  // beta, then the decay's input
+constexpr int GATE_STRIDE = (2 * VALUE_HEADS + 15) / 16 * 16;  // numbers of a token's row in `gates`: beta, the decay's input
 constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool WGMMA = true;
+#else
+constexpr bool WGMMA = false;
+#endif
+constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
+constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
+constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
+
+// The place of a column of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x 64 columns, each as it
+// stands in shared memory, so that one copy brings it there.
+template <int COLUMNS>
+__device__ __forceinline__ u16* input_place(u16* input, int token, int column) {
+    u32 tile = (u32)token / TOKEN_TILE, row = (u32)token % TOKEN_TILE;
+    u8* at = (u8*)input + (long long)(tile * (COLUMNS / STEP_COLUMNS) + column / STEP_COLUMNS) * TOKENS_BYTES;
+    return (u16*)(at + swizzled<STEP_BYTES>(row, column % STEP_COLUMNS / 8)) + column % 8;
+}
+
 // With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
-__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-__device__ __forceinline__ float quick_silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-1.44269504f * x)); }
+__device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.44269504f * x); }
+__device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 
 // One group of 8 rows of a matrix on the tape (gpu/tape.py).
 template <int ROWS, int COLUMNS>

@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, 
 #pragma unroll
     for (int i = 0; i < ROW_VECTORS; ++i) {
         float4 w = load_constant4(weight + row_column(i));
-        *(uint2*)(a.input + (long long)token * HIDDEN + row_column(i)) =
+        *(uint2*)input_place<HIDDEN>(a.input, token, row_column(i)) =
             make_uint2(pack2(x[i].x * scale * w.x, x[i].y * scale * w.y), pack2(x[i].z * scale * w.z, x[i].w * scale * w.w));
     }
 }
@@ -81,9 +81,9 @@ __device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int
     }
 }
 
-// mixed = o / rms(o) * weight * silu(z), head by head; a warp takes four of them at a time.
+// mixed = o / rms(o) * weight * silu(z), head by head; a warp takes two of them at a time.
 __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const LinearLayer& layer) {
-    constexpr int AT_ONCE = 4;
+    constexpr int AT_ONCE = 2;
     int lane = threadIdx.x % 32, warp = blockIdx.x * PREFILL_WARPS + threadIdx.x / 32, warps = gridDim.x * PREFILL_WARPS;
     float4 w = load_constant4(layer.gated_norm + 4 * lane);
 #pragma unroll 1
@@ -102,7 +102,7 @@ __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const Line
             float2 x = unpack_half2(packed[n].x), y = unpack_half2(packed[n].y);
             float scale = rsqrtf(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
             if (t < a.tokens)
-                *(uint2*)(a.mixed + (long long)t * VALUE_DIM + column) =
+                *(uint2*)input_place<VALUE_DIM>(a.mixed, t, column) =
                     make_uint2(pack2(x.x * scale * w.x * quick_silu(low_half(z[n].x)), x.y * scale * w.y * quick_silu(high_half(z[n].x))),
                                pack2(y.x * scale * w.z * quick_silu(low_half(z[n].y)), y.y * scale * w.w * quick_silu(high_half(z[n].y))));
         }

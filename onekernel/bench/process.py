@@ -110,6 +110,11 @@ class EngineProcess:
         message: dict[str, Any] = json.loads(line)
         return message
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process can be asked again."""
+        return self._process.poll() is None
+
     def last_words(self) -> str:
         """The last lines that the process wrote to stderr."""
         self._errors.seek(0)

@@ -1,11 +1,22 @@
-"""What the driver's management library (NVML) says of one GPU: energy, power, clocks, and what holds the clocks back."""
+"""What the driver's management library (NVML) says of one GPU: energy, power, clocks, and what holds the clocks back.
+
+Called through ctypes: the library comes with the driver and its C functions have not changed for years, while NVIDIA's
+Python package has them only from 13.1 on, and we run with 13.0 too.
+Functions: https://docs.nvidia.com/deploy/nvml-api/
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import sys
 from typing import Any
 
 from onekernel.errors import BackendError
+
+LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+SM_CLOCK, MEMORY_CLOCK = 1, 2  # nvmlClockType_t
+GPU_TEMPERATURE = 0  # nvmlTemperatureSensors_t
+NO_PERMISSION = 4  # nvmlReturn_t
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons. Those of THROTTLING mean that the clock is lower than it could be for
 # a reason outside of the program.
@@ -28,48 +39,46 @@ THROTTLING = ("power cap", "hardware slowdown", "thermal slowdown", "hardware th
 class Nvml:
     """One GPU, found by its PCI bus id (which, unlike an index, means the same GPU to CUDA)."""
 
-    def __init__(self, bus_id: str) -> None:
+    def __init__(self, bus_id: str, library: Any = None) -> None:
         """Args:
             bus_id: such as "0000:1B:00.0".
+            library: stands for the loaded library in tests.
 
         Raises:
             BackendError: there is no NVML, or it does not know this GPU.
         """
         try:
-            from cuda.bindings import nvml
-            from cuda.pathfinder import DynamicLibNotFoundError
-        except ImportError as error:
-            raise BackendError(f"NVIDIA's Python packages are not installed here ({error})") from None
-        self._nvml: Any = nvml
-        try:
-            nvml.init_v2()
-        except DynamicLibNotFoundError:
+            self._library = ctypes.CDLL(LIBRARY) if library is None else library
+        except OSError:
             raise BackendError("there is no NVML on this machine: it comes with the NVIDIA driver") from None
-        except nvml.NvmlError as error:
-            raise BackendError(f"NVML does not start ({error})") from None
-        self._handle = self._call(nvml.device_get_handle_by_pci_bus_id_v2, bus_id, whole=True)
-        self.bus_id = bus_id
+        self._check("nvmlInit_v2")
+        self._handle = ctypes.c_void_p()
+        self._check("nvmlDeviceGetHandleByPciBusId_v2", bus_id.encode(), ctypes.byref(self._handle))
 
     def driver(self) -> str:
         """The driver's version, such as "580.65.06"."""
-        return str(self._call(self._nvml.system_get_driver_version, whole=True))
+        text = ctypes.create_string_buffer(80)
+        self._check("nvmlSystemGetDriverVersion", text, len(text))
+        return text.value.decode()
 
     def energy(self) -> float:
         """Joules since the driver was loaded; counted by the board. Raises BackendError on a GPU without a counter."""
-        return float(self._call(self._nvml.device_get_total_energy_consumption)) / 1e3
+        return self._value("nvmlDeviceGetTotalEnergyConsumption", kind=ctypes.c_ulonglong) / 1e3
 
     def power(self) -> float:
         """Watts, averaged by the board over about a second."""
-        return float(self._call(self._nvml.device_get_power_usage)) / 1e3
+        return self._value("nvmlDeviceGetPowerUsage") / 1e3
 
     def power_limit(self) -> float:
         """Watts that the GPU may take now."""
-        return float(self._call(self._nvml.device_get_power_management_limit)) / 1e3
+        return self._value("nvmlDeviceGetPowerManagementLimit") / 1e3
 
     def power_limits(self) -> tuple[float, float]:
         """The least and the most watts that the limit can be set to."""
-        least, most = self._call(self._nvml.device_get_power_management_limit_constraints)
-        return least / 1e3, most / 1e3
+        least, most = ctypes.c_uint(), ctypes.c_uint()
+        function = "nvmlDeviceGetPowerManagementLimitConstraints"
+        self._check(function, self._handle, ctypes.byref(least), ctypes.byref(most))
+        return least.value / 1e3, most.value / 1e3
 
     def set_power_limit(self, watts: float) -> None:
         """For everybody who uses this GPU, until it is set again or the machine restarts.
@@ -77,27 +86,33 @@ class Nvml:
         Raises:
             BackendError: this needs the right (root), or the GPU does not take it.
         """
-        scope = self._nvml.PowerScope.GPU
-        self._call(self._nvml.device_set_power_management_limit_v2, int(scope), round(watts * 1e3))
+        self._check("nvmlDeviceSetPowerManagementLimit", self._handle, ctypes.c_uint(round(watts * 1e3)))
 
     def clocks(self) -> tuple[int, int]:
         """MHz of the SMs and of the memory, now."""
-        kinds = self._nvml.ClockType
-        get = self._nvml.device_get_clock_info
-        return int(self._call(get, int(kinds.SM))), int(self._call(get, int(kinds.MEM)))
+        sm, memory = (self._value("nvmlDeviceGetClockInfo", kind) for kind in (SM_CLOCK, MEMORY_CLOCK))
+        return sm, memory
 
     def reasons(self) -> list[str]:
         """What holds the clocks back now, in words."""
-        bits = int(self._call(self._nvml.device_get_current_clocks_event_reasons))
+        bits = self._value("nvmlDeviceGetCurrentClocksThrottleReasons", kind=ctypes.c_ulonglong)
         return [word for bit, word in REASONS.items() if bits & bit]
 
     def temperature(self) -> int:
         """Degrees Celsius of the GPU."""
-        return int(self._call(self._nvml.device_get_temperature_v, 0))
+        return self._value("nvmlDeviceGetTemperature", GPU_TEMPERATURE)
 
-    def _call(self, function: Callable[..., Any], *arguments: Any, whole: bool = False) -> Any:
-        """One call; `whole`: not about this GPU."""
-        try:
-            return function(*arguments) if whole else function(self._handle, *arguments)
-        except self._nvml.NvmlError as error:
-            raise BackendError(f"NVML refuses {function.__name__} ({error})") from None
+    def _value(self, function: str, *arguments: int, kind: Any = ctypes.c_uint) -> int:
+        """The number that a function about this GPU gives."""
+        value = kind()
+        self._check(function, self._handle, *arguments, ctypes.byref(value))
+        return int(value.value)
+
+    def _check(self, function: str, *arguments: Any) -> None:
+        status = getattr(self._library, function)(*arguments)
+        if status == NO_PERMISSION:
+            raise BackendError(f"{function} needs the right to it: run as root")
+        if status:
+            describe = self._library.nvmlErrorString
+            describe.restype = ctypes.c_char_p
+            raise BackendError(f"NVML refuses {function} ({describe(status).decode()})")

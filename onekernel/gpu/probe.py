@@ -128,6 +128,27 @@ class Probe:
         return float(check(driver.cuEventElapsedTime(self._begin, self._end))) / 1e3
 
 
+def bus_id() -> str:
+    """The PCI bus id of the first GPU, such as "0000:1B:00.0", by which NVML finds the same one.
+
+    Makes no context: this process would take memory on the GPU, and keep it from idling.
+
+    Raises:
+        BackendError: there is no driver, or no GPU.
+    """
+    try:
+        from cuda.bindings import driver
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError as error:
+        raise BackendError(f"NVIDIA's Python packages are not installed here ({error})") from None
+    try:
+        check(driver.cuInit(0))
+    except DynamicLibNotFoundError:
+        raise BackendError("there is no NVIDIA driver on this machine") from None
+    found: str = check(driver.cuDeviceGetPCIBusId(32, check(driver.cuDeviceGet(0)))).decode().rstrip("\0")
+    return found
+
+
 def identify() -> dict[str, Any]:
     """The GPU as a document records it: name, PCI bus id, architecture, SMs, memory and L2 cache in bytes, CUDA."""
     from cuda.bindings import driver
@@ -137,7 +158,6 @@ def identify() -> dict[str, Any]:
     supported = int(check(driver.cuDriverGetVersion()))
     return {
         "name": gpu.name,
-        "bus_id": check(driver.cuDeviceGetPCIBusId(32, gpu.handle)).decode().rstrip("\0"),
         "arch": gpu.arch,
         "sm_count": gpu.sm_count,
         "memory": gpu.memory,

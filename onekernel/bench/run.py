@@ -223,12 +223,13 @@ class _Session:
                 for i in range(-WARM_UPS, self.plan.repetitions):
                     self._stage(f"{cell.name}, {'warming up' if i < 0 else f'{i + 1} of {self.plan.repetitions}'}")
                     sample = self._sample(process, cell, i + WARM_UPS)
+                    tokens = sample.pop("tokens")
                     if i >= 0:
                         measurement["samples"].append(sample)
                         self.listener.updated(self.document)
             measurement["telemetry"] = watch.summary()
-            if cell.kind == DECODE:
-                measurement["repeatable"] = self._repeats(process, cell)
+            if tokens is not None:  # the same prompt again: does it give the same tokens?
+                measurement["repeatable"] = process.ask("decode", count=cell.count)["tokens"] == tokens
             if cell.energy and self.meter is not None and self.plan.energy_s:
                 self._stage(f"{cell.name}, energy over {self.plan.energy_s:g} s")
                 measurement["energy"] = self._energy(process, cell, self.meter)
@@ -239,11 +240,6 @@ class _Session:
             if not process.alive:
                 raise
         self.listener.updated(self.document)
-
-    def _repeats(self, process: EngineProcess, cell: Cell) -> bool | None:
-        """Whether the same prompt gives the same tokens again; None if the engine does not tell them."""
-        first, second = (process.ask("decode", count=cell.count)["tokens"] for _ in range(2))
-        return None if first is None else first == second
 
     def _sample(self, process: EngineProcess, cell: Cell, variant: int) -> dict[str, Any]:
         tokens = workload.prompt(cell.context if cell.kind == PREFILL else cell.context + 1, variant, self.vocabulary)
@@ -257,7 +253,7 @@ class _Session:
             expected = cell.count
         if answer["count"] != expected:
             raise EngineFailed(f"{cell.name}: it made {answer['count']} tokens instead of {expected}")
-        return {name: answer[name] for name in ("wall_s", "device_s")}
+        return {name: answer.get(name) for name in ("wall_s", "device_s", "tokens")}
 
     def _energy(self, process: EngineProcess, cell: Cell, meter: Meter) -> dict[str, Any]:
         tokens = workload.prompt(cell.context if cell.kind == PREFILL else cell.context + 1, 0, self.vocabulary)

@@ -60,9 +60,7 @@ def convert(folder: Path, path: Path, kind: str = "bf16") -> None:
             writer.add_tensor(name, np.ascontiguousarray(_wide(tensor)))
         elif kind == "bf16" and isinstance(tensor, Tensor) and tensor.dtype == "BF16":
             rows, columns = tensor.data.shape
-            writer.add_tensor(
-                name, tensor.data.view(np.uint8).reshape(rows, 2 * columns), raw_dtype=types.BF16
-            )
+            writer.add_tensor(name, tensor.data.view(np.uint8).reshape(rows, 2 * columns), raw_dtype=types.BF16)
         else:
             wanted = types[kind.upper()]
             writer.add_tensor(name, gguf.quants.quantize(_wide(tensor), wanted), raw_dtype=wanted)

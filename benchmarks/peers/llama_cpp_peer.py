@@ -86,10 +86,9 @@ class LlamaCppPeer:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         self.position = 0
 
-    def prefill(self, tokens: Sequence[int]) -> float | None:
+    def prefill(self, tokens: Sequence[int]) -> Decoded:
         self._clear()
-        self._run(tokens).argmax()
-        return None
+        return Decoded([int(self._run(tokens).argmax())])
 
     def prepare(self, tokens: Sequence[int]) -> None:
         self._clear()

@@ -193,7 +193,9 @@ class TorchPeer:
         self.positions = 0
         self.compiled = options.get("compile", True)
         return {
-            "title": "PyTorch step, torch.compile + CUDA graph" if self.device == "cuda" else "PyTorch step, torch.compile",
+            "title": "PyTorch step, torch.compile + CUDA graph"
+            if self.device == "cuda"
+            else "PyTorch step, torch.compile",
             "versions": {"torch": torch.__version__},
             "weights": "bf16" if self.device == "cuda" else "float32",
             "device": self.device,
@@ -238,7 +240,7 @@ class TorchPeer:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def prefill(self, tokens: Sequence[int]) -> float | None:
+    def prefill(self, tokens: Sequence[int]) -> Decoded:
         raise Unavailable("this peer only decodes")
 
     def prepare(self, tokens: Sequence[int], room: int = 512) -> None:

@@ -26,7 +26,7 @@ class TransformersPeer:
         try:
             import torch
             import transformers
-            import transformers.models.qwen3_5  # noqa: F401
+            import transformers.models.qwen3_5
         except ImportError as error:
             raise Unavailable(f"transformers with Qwen3.5 is not installed ({error})") from None
         device = options["device"]
@@ -56,10 +56,9 @@ class TransformersPeer:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def prefill(self, tokens: Sequence[int]) -> float | None:
+    def prefill(self, tokens: Sequence[int]) -> Decoded:
         result = self.model(self._ids(tokens), use_cache=True, logits_to_keep=1)
-        result.logits[0, -1].argmax().item()
-        return None
+        return Decoded([int(result.logits[0, -1].argmax())])
 
     def prepare(self, tokens: Sequence[int]) -> None:
         self.cache = None

@@ -51,7 +51,7 @@ class Figure:
     rate: Summary | None  # tokens/s by wall time (COLD_START: None)
     device_rate: Summary | None  # tokens/s by the GPU's clock
     seconds: Summary  # of one sample, wall time
-    limit: float | None  # tokens/s that the checkpoint's bytes and FLOPs allow
+    limit: float | None  # tokens/s that the checkpoint's bytes and FLOPs allow; None if it fits into a cache
     joules_per_token: float | None
     watts: float | None
     agreement: Mapping[str, Any]
@@ -175,7 +175,7 @@ def _figure(document: Document, engine: Mapping[str, Any], measurement: Mapping[
         rate=None if cell.kind == COLD_START else summarise([tokens / sample["wall_s"] for sample in samples]),
         device_rate=summarise([tokens / seconds for seconds in device if seconds]) if all(device) else None,
         seconds=summarise([sample["wall_s"] for sample in samples]),
-        limit=limit_of(document, cell),
+        limit=None if fits_in_cache(document) else limit_of(document, cell),
         joules_per_token=energy["joules"] / energy["count"] if energy.get("count") else None,
         watts=energy.get("watts"),
         agreement=engine.get("agreement") or {"verdict": gate.UNCHECKED},

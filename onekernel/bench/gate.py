@@ -51,18 +51,21 @@ class Agreement:
         return asdict(self)
 
 
-def judge(oracle: Oracle, answer: np.ndarray | Sequence[int], vocabulary: int, weights: str = "bf16") -> Agreement:
+def judge(
+    oracle: Oracle, answer: np.ndarray | Sequence[int | None], vocabulary: int, weights: str = "bf16"
+) -> Agreement:
     """Compare an engine's answer with the oracle.
 
     Args:
-        answer: float32 logits [tokens, at least vocabulary], or the most probable token after each.
+        answer: float32 logits [tokens, at least vocabulary], or the most probable token after each (None: the engine
+            cannot tell; at least half of them must be known).
         vocabulary: tokens that the tokenizer defines; the padding rows of the LM head are left aside.
         weights: dtype of the engine's weights.
     """
     exact, rounded = oracle.exact[:, :vocabulary], oracle.rounded[:, :vocabulary]
     best = exact.argmax(-1)
-    full = isinstance(answer, np.ndarray) and answer.ndim == 2
-    if full:
+    kl: float | None
+    if isinstance(answer, np.ndarray):
         logits = np.asarray(answer, np.float32)
         if logits.shape[0] != len(exact) or logits.shape[1] < vocabulary or not np.isfinite(logits).all():
             problem = f"its logits are {list(logits.shape)}" if np.isfinite(logits).all() else "it gave NaN or infinity"
@@ -71,9 +74,13 @@ def judge(oracle: Oracle, answer: np.ndarray | Sequence[int], vocabulary: int, w
         chosen = logits.argmax(-1)
         kl, allowed = divergence(exact, logits), divergence(exact, rounded)
     else:
-        chosen = np.asarray(answer)
-        if chosen.shape != best.shape:
-            return Agreement(WRONG, tokens=len(exact), reason=f"it gave {chosen.size} tokens for {best.size} positions")
+        if len(answer) != len(best):
+            return Agreement(WRONG, tokens=len(exact), reason=f"it gave {len(answer)} tokens for {len(best)} positions")
+        known = np.array([token is not None for token in answer])
+        if known.sum() < len(best) / 2:
+            return Agreement(UNCHECKED, reason=f"it named only {int(known.sum())} tokens of {len(best)}")
+        exact, rounded, best = exact[known], rounded[known], best[known]
+        chosen = np.array([token for token in answer if token is not None])
         kl, allowed = None, divergence(exact, rounded)
     margins = np.sort(np.partition(exact, -2, axis=-1)[:, -2:], axis=-1)
     noise = float((rounded - exact).std())

@@ -2,7 +2,7 @@
 
 Both are computed in one pass, layer by layer, so that a model needs the memory of one layer in float32 and not of all.
 The second run is the same model with every activation that passes from one step to the next rounded to bf16, as a
-correct engine of that width rounds them: its distance from the first is the noise that no such engine can be blamed for.
+correct engine of that width rounds them: its distance from the first is noise that no such engine can be blamed for.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _rows(weights: Weights, name: str, rows: np.ndarray | slice) -> np.ndarray:
     """Some rows of a stored matrix, float32."""
     tensor = weights[name]
     data = tensor.data[rows]
-    return dataclasses.replace(tensor, shape=data.shape, data=data).float32()
+    wide: np.ndarray = dataclasses.replace(tensor, shape=data.shape, data=data).float32()
+    return wide
 
 
 @dataclass(frozen=True)
@@ -123,5 +124,3 @@ class _OneLayer(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self.weights)
-
-

@@ -42,12 +42,12 @@ class OwnEngine:
             "notes": "tokens come one by one through Session.stream, as a Python user sees them",
         }
 
-    def prefill(self, tokens: Sequence[int]) -> float | None:
+    def prefill(self, tokens: Sequence[int]) -> Decoded:
         before = self._device_seconds()
         session = self.engine.new_session()
         session.extend(tokens)
-        session.generate(max_tokens=1)
-        return self._since(before)
+        made = [token.id for token in session.generate(max_tokens=1)]
+        return Decoded(made, device_s=self._since(before))
 
     def prepare(self, tokens: Sequence[int]) -> None:
         self.session = self.engine.new_session()

@@ -86,12 +86,12 @@ class EngineProcess:
             raise Unavailable(answer["unavailable"])
         raise EngineFailed(f"{do}: {answer.get('error', answer)}")
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray | list[int]:
+    def logits(self, tokens: Sequence[int]) -> np.ndarray | list[int | None]:
         """Teacher-forced logits, float32 [len(tokens), vocab], or the most probable ids (see Adapter.logits)."""
         path = Path(self._folder.name) / "logits.npy"
         answer = self.ask("logits", tokens=list(tokens), path=str(path))
         if "best" in answer:
-            best: list[int] = answer["best"]
+            best: list[int | None] = answer["best"]
             return best
         array: np.ndarray = np.load(path)
         path.unlink()

@@ -25,7 +25,7 @@ class Unavailable(Exception):
 
 @dataclass
 class Decoded:
-    """What one `decode` made.
+    """What one `decode` or `prefill` made.
 
     Attributes:
         tokens: the new token ids, or only how many (an engine behind a URL may tell no more).
@@ -52,8 +52,8 @@ class Adapter(Protocol):
         Raises Unavailable.
         """
 
-    def prefill(self, tokens: Sequence[int]) -> float | None:
-        """Consume `tokens` from an empty state and have the first new token on the host. Returns seconds on the GPU."""
+    def prefill(self, tokens: Sequence[int]) -> Decoded:
+        """Consume `tokens` from an empty state and have the first new token on the host."""
 
     def prepare(self, tokens: Sequence[int]) -> None:
         """Consume all `tokens` but the last, so that `decode` starts there. Not timed."""
@@ -66,7 +66,9 @@ class Adapter(Protocol):
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Teacher forcing: float32 NumPy array [len(tokens), vocab], row i after tokens[: i + 1], by the path that
-        the speed is measured on; or a list with the id of the most probable token after each, if it gives no more."""
+        the speed is measured on; or a list with the id of the most probable token after each, if it gives no more
+        (None where it cannot tell).
+        """
 
     def close(self) -> None: ...
 
@@ -89,8 +91,13 @@ class Worker:
 
     def do_prefill(self, request: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
-        device = self.adapter.prefill(request["tokens"])
-        return {"wall_s": time.perf_counter() - start, "device_s": device, "count": len(request["tokens"])}
+        made = self.adapter.prefill(request["tokens"])
+        wall = time.perf_counter() - start
+        return {
+            "wall_s": wall if made.wall_s is None else made.wall_s,
+            "device_s": made.device_s,
+            "count": len(request["tokens"]),
+        }
 
     def do_prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()

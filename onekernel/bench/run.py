@@ -1,4 +1,4 @@
-"""One run: the limit, the oracle, then engine after engine, each in a process of its own; the document grows with it."""
+"""One run: the limit, the oracle, then engine after engine, each in a process of its own, into a growing document."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(plan: Plan, listener: Listener | None = None, meter: Meter | None = None
     listener = listener or Listener()
     if plan.repetitions < workload.LEAST_REPETITIONS:
         raise InvalidRequest(
-            f"repetitions = {plan.repetitions}: at least {workload.LEAST_REPETITIONS} are needed to tell noise from news"
+            f"repetitions = {plan.repetitions}: at least {workload.LEAST_REPETITIONS} are needed to know the noise"
         )
     shape = Shape.load(plan.folder)
     vocabulary = Tokenizer.load(plan.folder).size

@@ -89,7 +89,7 @@ class Verdict:
     change: str  # "higher", "lower" or "within noise"
 
 
-def compare(first: Sequence[float], second: Sequence[float], least_change: float = LEAST_CHANGE) -> Verdict:
+def decide(first: Sequence[float], second: Sequence[float], least_change: float = LEAST_CHANGE) -> Verdict:
     """Whether `second` differs from `first` by more than noise: significantly, and by more than `least_change`."""
     ratio = median(second) / median(first)
     p = rank_test(first, second)

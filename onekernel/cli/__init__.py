@@ -14,7 +14,14 @@ from onekernel.cli import bench, chat, doctor, generate, models, pull
 from onekernel.errors import OnekernelError
 
 # Verbs import what they need when they run: the help must come at once.
-VERBS: dict[str, Any] = {"generate": generate, "chat": chat, "pull": pull, "models": models, "doctor": doctor, "bench": bench}
+VERBS: dict[str, Any] = {
+    "generate": generate,
+    "chat": chat,
+    "pull": pull,
+    "models": models,
+    "doctor": doctor,
+    "bench": bench,
+}
 
 INTERRUPTED = 130  # the shell's 128 + SIGINT
 

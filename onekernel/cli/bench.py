@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--engines", metavar="A,B", help="which to measure; those that are not installed say so")
     run.add_argument("--repetitions", type=int, default=5, metavar="N", help="samples of each figure; at least 5")
     run.add_argument("--energy", type=float, default=10.0, metavar="S", help="seconds of an energy window; 0: none")
-    run.add_argument("--gate-tokens", type=int, default=192, metavar="N", help="tokens of the correctness gate; 0: none")
+    run.add_argument(
+        "--gate-tokens", type=int, default=192, metavar="N", help="tokens of the correctness gate; 0: none"
+    )
     run.add_argument("--output", type=Path, metavar="FILE", help="where the JSON document goes")
     run.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server, for the engine url")
     run.add_argument("--url-model", metavar="NAME", help="the model's name there; the first that it lists by default")
@@ -182,16 +184,23 @@ def _measure(plan: Plan, meter: Meter | None, output: Path | None) -> dict[str, 
 
 def table_of(document: dict[str, Any]) -> Table:
     """The results so far, for the terminal."""
+    from rich import box
     from rich.table import Table
 
     from onekernel.bench.tables import rows_of
 
-    header, rows = rows_of(document)
-    table = Table(title=f"{document['checkpoint']['name']} on {document['limit']['device']['name']}", title_justify="left")
+    header, rows = rows_of(document, names=True)
+    title = f"{document['checkpoint']['name']} on {document['limit']['device']['name']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 else "right")
+        table.add_column(name, justify="left" if i < 2 or i == len(header) - 1 else "right", no_wrap=i < 8)
+    cell = None
     for row in rows:
-        table.add_row(*row)
+        if cell not in (None, row[1]):
+            table.add_section()
+        cell = row[1]
+        wrong = row[-1].startswith("WRONG")
+        table.add_row(*row, style="red" if wrong else "dim" if row[0] == "limit" else None)
     return table
 
 

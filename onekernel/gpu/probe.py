@@ -62,7 +62,9 @@ class Probe:
     def _read_bandwidth(self, buffer: DeviceBuffer, sink: DeviceBuffer, nbytes: int) -> dict[str, Any]:
         import numpy as np
 
-        self._launch("fill", 8 * self.gpu.sm_count, 512, ctypes.c_void_p(buffer.address), ctypes.c_ulonglong(nbytes // 4))
+        self._launch(
+            "fill", 8 * self.gpu.sm_count, 512, ctypes.c_void_p(buffer.address), ctypes.c_ulonglong(nbytes // 4)
+        )
         best: tuple[float, str, tuple[str, int, int]] | None = None
         arguments = (ctypes.c_void_p(buffer.address), ctypes.c_ulonglong(nbytes // 16), ctypes.c_void_p(sink.address))
         sums = set()
@@ -120,9 +122,7 @@ class Probe:
         function = check(driver.cuModuleGetFunction(self._module, name.encode()))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         check(driver.cuEventRecord(self._begin, 0))
-        check(
-            driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, 0, ctypes.addressof(pointers), 0)
-        )
+        check(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, 0, ctypes.addressof(pointers), 0))
         check(driver.cuEventRecord(self._end, 0))
         check(driver.cuEventSynchronize(self._end))
         return float(check(driver.cuEventElapsedTime(self._begin, self._end))) / 1e3

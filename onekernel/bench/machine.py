@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the clone that this package runs from: "hash" (None outside of one) and "changed" (files differ)."""
+    """The commit of the clone that this package runs from: "hash" (None outside of one), "changed" (files differ)."""
 
     def git(*arguments: str) -> str | None:
         try:

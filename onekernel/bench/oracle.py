@@ -75,7 +75,8 @@ def _through(parameters: Parameters, x: np.ndarray, rounding: Rounding) -> np.nd
 
 def _mlp(parameters: MLP, x: np.ndarray, rounding: Rounding) -> np.ndarray:
     gate, up = rounding(x @ parameters.gate_proj.T), rounding(x @ parameters.up_proj.T)
-    return rounding(silu(gate) * up) @ parameters.down_proj.T
+    out: np.ndarray = rounding(silu(gate) * up) @ parameters.down_proj.T
+    return out
 
 
 def _keep(x: np.ndarray) -> np.ndarray:

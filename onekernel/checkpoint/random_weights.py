@@ -211,7 +211,9 @@ def _write_tokenizer(folder: Path, tokens: int) -> None:
     demo = demo_folder()
     document = json.loads((demo / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = document["model"]["vocab"]
-    taken = set(vocabulary.values()) | {token["id"] for token in document["added_tokens"]}
+    # In the vocabulary too: the library numbers added tokens that are not in it anew, behind all others.
+    vocabulary |= {token["content"]: token["id"] for token in document["added_tokens"]}
+    taken = set(vocabulary.values())
     vocabulary |= {f"<{i}>": i for i in range(tokens) if i not in taken}
     (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.jinja"):

@@ -187,20 +187,23 @@ def table_of(document: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from onekernel.bench.tables import rows_of
+    from onekernel.bench.tables import ABSENT, rows_of
 
     header, rows = rows_of(document, names=True)
+    # Columns without a figure (watts on a CPU) only take room.
+    shown = [i for i in range(len(header)) if i < 3 or any(row[i] not in ("", ABSENT) for row in rows)]
     title = f"{document['checkpoint']['name']} on {document['limit']['device']['name']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 or i == len(header) - 1 else "right", no_wrap=i < 8)
+    for i in shown:
+        words = i < 2 or i == len(header) - 1
+        table.add_column(header[i], justify="left" if words else "right", no_wrap=i < len(header) - 1)
     cell = None
     for row in rows:
         if cell not in (None, row[1]):
             table.add_section()
         cell = row[1]
         wrong = row[-1].startswith("WRONG")
-        table.add_row(*row, style="red" if wrong else "dim" if row[0] == "limit" else None)
+        table.add_row(*(row[i] for i in shown), style="red" if wrong else "dim" if row[0] == "limit" else None)
     return table
 
 

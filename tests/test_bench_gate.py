@@ -166,14 +166,14 @@ def test_a_quantised_engine_is_named_so_and_not_passed_off_as_exact() -> None:
 
 def test_a_nearly_right_engine_of_random_weights_is_caught(tmp_path: Path) -> None:
     """One of eight layers misses its norm's `1 +`: a subtle mistake on a model without any trained structure."""
-    from bench_models import write_small
+    from bench_models import TOKENS, write_small
 
     folder = write_small(tmp_path / "small")
     shape = Shape.load(folder)
     weights = load_weights(folder, shape)
-    tokens = prompt(GATE_TOKENS, 0, 8000)
+    tokens = prompt(GATE_TOKENS, 0, TOKENS)
     oracle = consult(weights, shape, tokens)
     parameters = Parameters.load(weights, shape, mtp=False)
     parameters.layers[3].post_attention_layernorm[:] = 0
     logits = model.forward(parameters, State.empty(shape), tokens, all_logits=True)
-    assert gate.judge(oracle, logits, 8000).verdict == gate.WRONG
+    assert gate.judge(oracle, logits, TOKENS).verdict == gate.WRONG

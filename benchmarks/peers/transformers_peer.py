@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ class TransformersPeer:
             import fla
 
             self.versions["flash-linear-attention"] = getattr(fla, "__version__", "unknown")
+            if not self._runs_code_of("fla"):
+                raise Unavailable("transformers does not use the flash-linear-attention that is installed here")
         return {
             "title": f"transformers, eager{' + flash-linear-attention' if use_fla else ''}",
             "versions": self.versions,
@@ -48,6 +51,21 @@ class TransformersPeer:
             "device": device,
             "notes": "own greedy loop over model.forward, the token stays on the device",
         }
+
+    def _runs_code_of(self, package: str) -> bool:
+        """Whether a forward pass enters a package. Transformers falls back to code of its own without an error."""
+        part, seen = f"{os.sep}{package}{os.sep}", False
+
+        def look(frame: Any, event: str, _: Any) -> None:
+            nonlocal seen
+            seen = seen or (event == "call" and part in frame.f_code.co_filename)
+
+        sys.setprofile(look)
+        try:
+            self.model(self._ids(range(1, 9)), use_cache=True)
+        finally:
+            sys.setprofile(None)
+        return seen
 
     def _ids(self, tokens: Sequence[int]) -> Any:
         return self.torch.tensor([list(tokens)], device=self.device)

@@ -31,6 +31,8 @@ class Backend(Protocol):
     shape: Shape
     max_context: int  # tokens that one state can hold
     runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
+    # A backend on a GPU may also have `device_seconds: float`, the GPU time of all its launches so far, by the GPU's
+    # own clock: the benchmarks then show device time beside wall time.
 
     def new_state(self) -> Any:
         """An empty timeline (position 0)."""

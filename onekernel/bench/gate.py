@@ -58,7 +58,7 @@ def judge(
 
     Args:
         answer: float32 logits [tokens, at least vocabulary], or the most probable token after each (None: the engine
-            cannot tell; at least half of them must be known).
+            cannot tell; at least a quarter of them must be known).
         vocabulary: tokens that the tokenizer defines; the padding rows of the LM head are left aside.
         weights: dtype of the engine's weights.
     """
@@ -77,7 +77,7 @@ def judge(
         if len(answer) != len(best):
             return Agreement(WRONG, tokens=len(exact), reason=f"it gave {len(answer)} tokens for {len(best)} positions")
         known = np.array([token is not None for token in answer])
-        if known.sum() < len(best) / 2:
+        if known.sum() < len(best) / 4:
             return Agreement(UNCHECKED, reason=f"it named only {int(known.sum())} tokens of {len(best)}")
         exact, rounded, best = exact[known], rounded[known], best[known]
         chosen = np.array([token for token in answer if token is not None])

@@ -1,4 +1,4 @@
-"""The adapters of other engines, each run for real on the CPU where it can be: same tokens, same logits, right counts."""
+"""The adapters of other engines, each run for real on the CPU where it can be: logits, tokens, counts."""
 
 from __future__ import annotations
 

@@ -120,9 +120,14 @@ def test_an_exception_restores_the_limit() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_whatever_ends_the_sweep_restores_the_limit(error: type[BaseException]) -> None:
     meter = FakeMeter()
-    with pytest.raises(error), restored_limit(meter, lambda line: None):
-        meter.set_power_limit(150)
-        raise error
+
+    def end() -> None:
+        with restored_limit(meter, lambda line: None):
+            meter.set_power_limit(150)
+            raise error
+
+    with pytest.raises(error):
+        end()
     assert meter.limit == ORIGINAL
 
 

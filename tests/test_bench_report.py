@@ -119,7 +119,7 @@ def test_only_what_stands_between_the_markers_changes() -> None:
 
 
 def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="markers|no place"):
+    with pytest.raises(InvalidRequest, match="no place for the tables"):
         replace_tables("nothing here", [("result.json", made_up())])
 
 

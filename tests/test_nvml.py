@@ -89,7 +89,7 @@ def test_a_missing_right_says_so() -> None:
 
 
 def test_other_failures_carry_the_words_of_nvml() -> None:
-    with pytest.raises(BackendError, match="nvmlDeviceGetHandleByPciBusId_v2.*made-up failure"):
+    with pytest.raises(BackendError, match=r"nvmlDeviceGetHandleByPciBusId_v2 \(made-up failure\)"):
         Nvml("0", FakeLibrary({"nvmlDeviceGetHandleByPciBusId_v2": 6}))
 
 

@@ -25,7 +25,8 @@ try:
 except ImportError:
     torch = None  # type: ignore[assignment]
 
-SMALLEST_CACHE = 1024  # positions of the KV cache; a longer context doubles it, and compiles again
+CACHE_STEP = 1024  # the KV cache has a multiple of so many positions; another size compiles again
+ROOM = 256  # positions behind a prompt
 
 
 class Step:
@@ -205,9 +206,7 @@ class TorchPeer:
 
     def _room(self, positions: int) -> None:
         """Make the step ready for so many positions: states, compiled code, graph."""
-        capacity = SMALLEST_CACHE
-        while capacity < positions + 1:
-            capacity *= 2
+        capacity = -(-(positions + 1) // CACHE_STEP) * CACHE_STEP
         if capacity != self.positions:
             self.positions = capacity
             self.step.reset(capacity)
@@ -243,8 +242,8 @@ class TorchPeer:
     def prefill(self, tokens: Sequence[int]) -> Decoded:
         raise Unavailable("this peer only decodes")
 
-    def prepare(self, tokens: Sequence[int], room: int = 512) -> None:
-        self._room(len(tokens) + room)
+    def prepare(self, tokens: Sequence[int]) -> None:
+        self._room(len(tokens) + ROOM)
         self._consume(tokens[:-1])
         self.step.token.fill_(tokens[-1])
         self.start, self.length = self.step.save(), len(tokens)

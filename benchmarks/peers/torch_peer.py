@@ -107,7 +107,7 @@ class Step:
 
     def forward(self) -> None:
         """Consume `token` at `position`; leaves logits, the next token, and a trace of tokens in `made`."""
-        x = self.embedding[self.token[0]]
+        x = F.embedding(self.token, self.embedding)[0]  # indexing with the token itself would wait for the GPU
         for layer, state, kind in zip(self.layers, self.states, self.shape.layer_types, strict=True):
             normed = self._norm(x, layer["norm"])
             mixed = (self._linear if kind == LINEAR else self._attention)(normed, layer, state)
@@ -211,7 +211,9 @@ class TorchPeer:
             self.positions = capacity
             self.step.reset(capacity)
             torch._dynamo.reset()
-            run = torch.compile(self.step.forward, dynamic=False) if self.compiled else self.step.forward
+            run = (
+                torch.compile(self.step.forward, dynamic=False, fullgraph=True) if self.compiled else self.step.forward
+            )
             self.run = self._graph(run) if self.device == "cuda" else run
         for tensor in (tensor for pair in self.step.states for tensor in pair):
             tensor.zero_()

@@ -41,8 +41,8 @@ def page(found: Sequence[tuple[str, Document]]) -> str:
         f"<title>onekernel benchmarks</title><style>{STYLE}</style></head><body>\n<h1>onekernel benchmarks</h1>\n"
         "<p>Every engine got the same token ids on the same machine in one run. Bars are medians, the line in a bar "
         "spans the quartiles. The limit is what the model's bytes and FLOPs allow at the memory bandwidth and "
-        "the matrix throughput that were measured in the same run. A speed counts only with the agreement of its output "
-        "with a float32 reference; a hatched bar is an engine whose output is wrong.</p>\n"
+        "the matrix throughput that were measured in the same run. A speed counts only with the agreement of its "
+        "output with a float32 reference; a hatched bar is an engine whose output is wrong.</p>\n"
         f"{body}\n</body></html>\n"
     )
 

@@ -36,15 +36,15 @@ struct HeadFinish {
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
-        int row = group * 8 + (int)threadIdx.x;
-        if ((int)threadIdx.x >= groups * 8 || row >= VOCAB) return;
-        float logit = sum(threadIdx.x) * inverse_rms<HIDDEN>(*consumer);
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread >= groups * 8 || row >= VOCAB) return;
+        float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
         if (row < VOCABULARY_SIZE) best.offer(ordered(logit), row);
     }
 };
 
-// Every block leaves its best candidate; every warp reads them all and comes to the same choice.
+// Every block leaves its best candidate; one warp of each reads them all, and all come to the same choice.
 struct Choice {
     u32 token;
     bool stop;
@@ -59,27 +59,32 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         if (c.lane == 0) {
             // What this block wrote for later tokens (KV cache) is ordered before the word.
             fence_gpu();
-            store_relaxed64(candidates + blockIdx.x, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
+            store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
         }
     }
-    u64 winner = 0;
-    u32 flags = 0;
-    for (int block = c.lane; block < BLOCKS; block += 32) {
-        u64 word = load_relaxed64(candidates + block);
-        while ((word & 0xFFu) != tag) {
-            c.watchdog.check();
-            word = load_relaxed64(candidates + block);
+    if (c.warp == 0) {
+        u64 winner = 0;
+        u32 flags = 0;
+        for (int block = c.lane; block < BLOCKS; block += 32) {
+            u64 word = load_relaxed64(candidates + block);
+            while ((word & 0xFFu) != tag) {
+                c.watchdog.check();
+                word = load_relaxed64(candidates + block);
+            }
+            flags |= (u32)word;
+            word >>= 12;
+            if (word > winner) winner = word;
         }
-        flags |= (u32)word;
-        word >>= 12;
-        if (word > winner) winner = word;
-    }
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-        u64 other = __shfl_xor_sync(0xFFFFFFFFu, winner, offset);
-        if (other > winner) winner = other;
-        flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
+        for (int offset = 16; offset; offset /= 2) {
+            u64 other = __shfl_xor_sync(0xFFFFFFFFu, winner, offset);
+            if (other > winner) winner = other;
+            flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
+        }
+        fence_gpu();  // what the other blocks wrote before their words is there, for the whole block behind the barrier
+        if (c.lane == 0) shared_best[CONSUMER_WARPS] = {flags, 0xFFFFFu - (u32)(winner & 0xFFFFFu)};
     }
-    fence_gpu();
-    return {0xFFFFFu - (u32)(winner & 0xFFFFFu), (flags & STOP_REQUESTED) != 0};
+    consumer_barrier();
+    Candidate chosen = shared_best[CONSUMER_WARPS];
+    return {chosen.id, (chosen.key & STOP_REQUESTED) != 0};
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_documents import document, engine
@@ -61,3 +62,23 @@ def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "two files" in capsys.readouterr().err
     assert main(["bench", "compare", "absent.json", str(tmp_path / "before.json")]) == 2
     assert "absent.json does not exist" in capsys.readouterr().err
+
+
+def test_cold_starts_with_and_without_compilation_are_not_mixed_up() -> None:
+    def starts(warm: float, empty: float) -> dict[str, Any]:
+        found = engine("onekernel", 1000, 100)
+        found["measurements"] = [
+            {
+                "kind": "cold_start",
+                "context": 64,
+                "count": 1,
+                "kernel_cache": cache,
+                "samples": [{"wall_s": seconds + i / 1000, "start_s": 0.1, "load_s": 0.2} for i in range(5)],
+            }
+            for cache, seconds in (("warm", warm), ("empty", empty))
+        ]
+        return document(found)
+
+    lines = compare(starts(1.0, 9.0), starts(1.0, 6.0))
+    assert line_of(lines, "cold64 ").endswith("within noise")
+    assert line_of(lines, "cold64, compiling").endswith("FASTER")  # fewer seconds

@@ -205,3 +205,15 @@ def test_a_browser_draws_the_page(tmp_path: Path) -> None:
     assert shot.is_file(), done.stderr.decode()[-500:]
     colours = colours_of(shot.read_bytes())
     assert {b"\xff\xff\xff", bytes.fromhex("2f6fde"), bytes.fromhex("c0392b"), bytes.fromhex("8a94a6")} <= colours
+
+
+def test_a_cold_start_shows_its_parts_and_a_prompt_its_first_token() -> None:
+    found = document(engine("onekernel", 52_000, 100))
+    sample = {"wall_s": 3.0, "start_s": 0.5, "load_s": 2.0, "first_s": 0.5, "again_s": 0.1}
+    cold = {"kind": "cold_start", "context": 64, "count": 1, "kernel_cache": "empty", "samples": [sample] * 5}
+    found["engines"][0]["measurements"].append(cold)
+    header, rows = rows_of(found)
+    assert all(len(row) == len(header) for row in rows)
+    assert rows[-1][1:] == ["cold64, compiling", "", "0.0", "3.00 s", "", "", "", "", rows[-1][-1]]
+    assert rows[-1][-1] == "start 0.50, load 2.00, first 0.50, again 0.10 s"
+    assert next(row for row in rows if row[1] == "pp520" and row[0] != "limit")[4] == "10.0 ms"

@@ -10,7 +10,7 @@ from onekernel.bench.workload import COLD_START
 
 def compare(first: Document, second: Document, least_change: float = LEAST_CHANGE) -> list[str]:
     """One line for each engine and cell that both have, and one for each that only one has."""
-    before, after = ({_key(figure): (figure, i) for i, figure in enumerate(figures(one))} for one in (first, second))
+    before, after = ({_key(figure): figure for figure in figures(one)} for one in (first, second))
     lines = []
     for key in [*before, *(key for key in after if key not in before)]:
         name = f"{key[0]:<18} {key[1]:<14}"
@@ -19,17 +19,17 @@ def compare(first: Document, second: Document, least_change: float = LEAST_CHANG
         elif key not in before:
             lines.append(f"{name} only in the second")
         else:
-            lines.append(f"{name} {_change(first, second, before[key][0], after[key][0], least_change)}")
+            lines.append(f"{name} {_change(before[key], after[key], least_change)}")
     return lines
 
 
 def _key(figure: Figure) -> tuple[str, str]:
-    return figure.engine, figure.cell.name
+    return figure.engine, figure.name
 
 
-def _change(first: Document, second: Document, before: Figure, after: Figure, least_change: float) -> str:
+def _change(before: Figure, after: Figure, least_change: float) -> str:
     unit = "s" if before.cell.kind == COLD_START else "tok/s"
-    verdict = decide(_samples(first, before), _samples(second, after), least_change)
+    verdict = decide(before.rates, after.rates, least_change)
     values = [before.seconds.median, after.seconds.median]
     if before.rate is not None and after.rate is not None:
         values = [before.rate.median, after.rate.median]
@@ -39,18 +39,6 @@ def _change(first: Document, second: Document, before: Figure, after: Figure, le
     text = f"{number(values[0])} -> {number(values[1])} {unit} ({change}): {word}"
     wrong = [place for place, figure in (("first", before), ("second", after)) if not figure.believable]
     return f"{text}; not checked or wrong in the {' and the '.join(wrong)}" if wrong else text
-
-
-def _samples(document: Document, figure: Figure) -> list[float]:
-    """Raw samples of a cell, as tokens/s (COLD_START: seconds)."""
-    for engine in document["engines"]:
-        for measurement in engine["measurements"]:
-            cell = (measurement["kind"], measurement["context"], measurement["count"])
-            if engine["name"] == figure.engine and cell == (figure.cell.kind, figure.cell.context, figure.cell.count):
-                seconds = [sample["wall_s"] for sample in measurement["samples"]]
-                tokens = figure.cell.context if figure.cell.kind == "prefill" else figure.cell.count
-                return seconds if figure.cell.kind == COLD_START else [tokens / value for value in seconds]
-    raise AssertionError("a figure comes from a measurement")
 
 
 def differences(first: Document, second: Document) -> list[str]:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from onekernel.bench import ceiling, gate
-from onekernel.bench.statistics import Summary, summarise
+from onekernel.bench.statistics import Summary, median, summarise
 from onekernel.bench.workload import COLD_START, DECODE, PREFILL, Cell
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import CheckpointError, InvalidRequest
 
 FORMAT, VERSION = "onekernel-bench", 1
 WEIGHT_BYTES = {"bf16": 2.0, "float16": 2.0, "float32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+PARTS = ("start", "load", "first", "again")  # of a cold start
 
 Document = dict[str, Any]
 
@@ -51,11 +53,25 @@ class Figure:
     rate: Summary | None  # tokens/s by wall time (COLD_START: None)
     device_rate: Summary | None  # tokens/s by the GPU's clock
     seconds: Summary  # of one sample, wall time
+    samples: tuple[float, ...]  # the same, raw
+    parts: Mapping[str, float]  # of COLD_START: medians of its parts, seconds
+    kernel_cache: str  # of COLD_START: "warm" or "empty"
     limit: float | None  # tokens/s that the checkpoint's bytes and FLOPs allow; None if it fits into a cache
     joules_per_token: float | None
     watts: float | None
     agreement: Mapping[str, Any]
     throttled: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the cell, and of the state of the kernel cache where that matters."""
+        return f"{self.cell.name}{', compiling' if self.kernel_cache == 'empty' else ''}"
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens/s of every sample (COLD_START: its seconds)."""
+        tokens = self.cell.context if self.cell.kind == PREFILL else self.cell.count
+        return list(self.samples) if self.cell.kind == COLD_START else [tokens / value for value in self.samples]
 
     @property
     def share(self) -> float | None:
@@ -175,6 +191,11 @@ def _figure(document: Document, engine: Mapping[str, Any], measurement: Mapping[
         rate=None if cell.kind == COLD_START else summarise([tokens / sample["wall_s"] for sample in samples]),
         device_rate=summarise([tokens / seconds for seconds in device if seconds]) if all(device) else None,
         seconds=summarise([sample["wall_s"] for sample in samples]),
+        samples=tuple(sample["wall_s"] for sample in samples),
+        parts={
+            part: median([sample[f"{part}_s"] for sample in samples]) for part in PARTS if f"{part}_s" in samples[0]
+        },
+        kernel_cache=measurement.get("kernel_cache", ""),
         limit=None if fits_in_cache(document) else limit_of(document, cell),
         joules_per_token=energy["joules"] / energy["count"] if energy.get("count") else None,
         watts=energy.get("watts"),

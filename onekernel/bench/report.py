@@ -110,7 +110,8 @@ def _joule_bar(figure: Figure) -> Bar:
 
 def _seconds_bar(figure: Figure) -> Bar:
     seconds = figure.seconds
-    return Bar(figure.title, seconds.median, seconds.low, seconds.high, "", _wrong(figure))
+    title = f"{figure.title}{', compiling' if figure.kernel_cache == 'empty' else ''}"
+    return Bar(title, seconds.median, seconds.low, seconds.high, "", _wrong(figure))
 
 
 def _mark(figure: Figure, text: str) -> str:

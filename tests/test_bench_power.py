@@ -194,6 +194,8 @@ def test_a_signal_restores_the_limit_before_the_process_ends(number: signal.Sign
     assert process.stdout is not None
     assert [process.stdout.readline().strip() for _ in range(2)] == ["set 200", "measuring"]
     process.send_signal(number)
+    for _ in range(5):  # an impatient user
+        process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert output.split("\n")[0] == "set 700"
     assert process.returncode != 0

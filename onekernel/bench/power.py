@@ -89,19 +89,28 @@ def restored_limit(meter: Meter, say: Callable[[str], None]) -> Iterator[float]:
     try:
         yield original
     except Terminated as request:
-        _restore(meter, original, say)
         raise SystemExit(128 + request.number) from None
     finally:
         # While the limit is put back, nothing may interrupt: a second ctrl-C would leave it changed.
         if in_main_thread:
-            handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+            handlers[signal.SIGINT] = _ignore_signals()
         try:
             _restore(meter, original, say)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _ignore_signals() -> Any:
+    """Ignore ctrl-C and the others from here on, and what arrives meanwhile too; returns the handler of ctrl-C."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    while True:
+        try:
+            for number in (signal.SIGINT, *SIGNALS):
+                signal.signal(number, signal.SIG_IGN)
+            return interrupt
+        except (KeyboardInterrupt, Terminated):
+            continue
 
 
 def _restore(meter: Meter, original: float, say: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ from onekernel.gpu.compile import compile_cached
 from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.driver import check
 from onekernel.gpu.memory import DeviceBuffer
+from onekernel.gpu.nvml import Nvml
 
 READ_BYTES = 4 << 30  # larger than any cache; less where the GPU has little memory
 ITERATIONS = 1 << 14
@@ -150,7 +151,7 @@ def bus_id() -> str:
 
 
 def identify() -> dict[str, Any]:
-    """The GPU as a document records it: name, PCI bus id, architecture, SMs, memory and L2 cache in bytes, CUDA."""
+    """The GPU as a document records it: name, architecture, SMs, memory and L2 cache in bytes, CUDA, driver, watts."""
     from cuda.bindings import driver
 
     gpu = find_gpu()
@@ -163,4 +164,14 @@ def identify() -> dict[str, Any]:
         "memory": gpu.memory,
         "cache": int(check(driver.cuDeviceGetAttribute(kind, gpu.handle))),
         "cuda": f"{supported // 1000}.{supported % 1000 // 10}",
+        **_managed(),
     }
+
+
+def _managed() -> dict[str, Any]:
+    """What only the management library knows: the driver's version and the power limit; nothing where it is missing."""
+    try:
+        meter = Nvml(bus_id())
+        return {"driver": meter.driver(), "power_limit_w": meter.power_limit()}
+    except BackendError:
+        return {"driver": None, "power_limit_w": None}

@@ -30,6 +30,7 @@ class Backend(Protocol):
     name: str  # "cpu", "cuda", "fake"
     shape: Shape
     max_context: int  # tokens that one state can hold
+    prefill_chunk: int  # tokens to give `prefill` at once, where there are more: it cannot be interrupted
     runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
 
     def new_state(self) -> Any:

@@ -1,4 +1,4 @@
-"""The CUDA backend: the decode kernel on one NVIDIA GPU."""
+"""The CUDA backend: the prefill and the decode kernel on one NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
+from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
+from onekernel.gpu.prefiller import Prefiller
 from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler
 
 TOKENS_PER_LAUNCH = 256
+LEAST_PREFILL = 16  # tokens from which on one prefill takes less time than so many steps of the decode kernel
 
 
 def usable_gpu() -> Gpu:
@@ -45,7 +48,11 @@ def check_fits(gpu: Gpu, shape: Shape) -> None:
 
 def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
-    return decoder.memory_needed(shape, _layout(find_gpu(), shape, shape.vocab))
+    gpu = find_gpu()
+    layout = _layout(gpu, shape, shape.vocab)
+    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    scratch = sum(prefill.scratch(MOST_CHUNK_TOKENS).values()) if prefill else 0
+    return decoder.memory_needed(shape, layout) + scratch
 
 
 def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
@@ -57,10 +64,19 @@ class CudaBackend(StepwiseBackend[State]):
 
     name = "cuda"
     runs_ahead = True
+    prefill_chunk = MOST_CHUNK_TOKENS
 
-    def __init__(self, decoder: Decoder, vocabulary_size: int, max_context: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocabulary_size: int,
+        max_context: int | None = None,
+        prefiller: Prefiller | None = None,
+    ) -> None:
+        """Args: see StepwiseBackend; without a prefiller, prompts go through the decode kernel."""
         super().__init__(decoder.shape, vocabulary_size, max_context)
         self._decoder: Decoder | None = decoder
+        self._prefiller = prefiller
 
     @classmethod
     def load(cls, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None = None) -> CudaBackend:
@@ -75,7 +91,10 @@ class CudaBackend(StepwiseBackend[State]):
         check_limits(shape, vocabulary_size, max_context)
         gpu = usable_gpu()
         layout = _layout(gpu, shape, vocabulary_size)
-        return cls(Decoder(gpu, layout, load_weights(folder, shape)), vocabulary_size, max_context)
+        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+        decoder = Decoder(gpu, layout, load_weights(folder, shape))
+        prefiller = Prefiller(decoder, prefill) if prefill else None
+        return cls(decoder, vocabulary_size, max_context, prefiller)
 
     @property
     def decoder(self) -> Decoder:
@@ -89,10 +108,18 @@ class CudaBackend(StepwiseBackend[State]):
 
     def prefill(self, state: State, tokens: Sequence[int]) -> None:
         self._check(state, tokens)
-        self.decoder.consume(state, tokens)
+        self._advance(state, tokens)
+
+    def _advance(self, state: State, tokens: Sequence[int]) -> None:
+        decoder = self.decoder
+        if self._prefiller and len(tokens) >= LEAST_PREFILL:
+            self._prefiller.prefill(state, tokens)
+        else:
+            decoder.consume(state, tokens)
 
     def _consume(self, state: State, tokens: Sequence[int]) -> np.ndarray:
-        return self.decoder.next_logits(state, tokens)
+        self._advance(state, tokens[:-1])
+        return self.decoder.next_logits(state, tokens[-1:])
 
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
@@ -100,6 +127,8 @@ class CudaBackend(StepwiseBackend[State]):
         if len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
+        self._advance(state, tokens[:-1])
+        tokens = tokens[-1:]
         while max_tokens > 0:
             # The last token of a launch is not consumed by it, so it may stand right behind the end of the context.
             room = self.max_context - state.position - len(tokens) + 1
@@ -114,10 +143,12 @@ class CudaBackend(StepwiseBackend[State]):
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
-        parts = [
-            self.decoder.logits(state, tokens[start : start + MOST_GIVEN])
-            for start in range(0, len(tokens), MOST_GIVEN)
-        ]
+        decoder, parts = self.decoder, []
+        if self._prefiller and len(tokens) >= LEAST_PREFILL:
+            parts = list(self._prefiller.logits(state, tokens))
+        else:
+            for start in range(0, len(tokens), MOST_GIVEN):
+                parts.append(decoder.logits(state, tokens[start : start + MOST_GIVEN]))
         return np.concatenate(parts) if parts else np.empty((0, self.shape.vocab), np.float32)
 
     def snapshot(self, state: State) -> Snapshot:
@@ -128,5 +159,7 @@ class CudaBackend(StepwiseBackend[State]):
 
     def close(self) -> None:
         if self._decoder is not None:
+            if self._prefiller is not None:
+                self._prefiller.close()
             self._decoder.close()
-            self._decoder = None
+            self._decoder = self._prefiller = None

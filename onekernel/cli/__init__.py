@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import chat, compile, doctor, generate, models, pull
+from onekernel.cli import chat, compile, doctor, generate, models, perplexity, pull
 from onekernel.cli.options import INTERRUPTED
 from onekernel.errors import OnekernelError
 
@@ -19,6 +19,7 @@ from onekernel.errors import OnekernelError
 VERBS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
+    "perplexity": perplexity,
     "pull": pull,
     "models": models,
     "compile": compile,

@@ -74,7 +74,7 @@ class PrefillLayout:
         """Of a launch without the LM head (`run_phase` in prefill.cu)."""
         return 1 + 9 * self.shape.layers
 
-    def constants(self) -> dict[str, int | float | bool]:
+    def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
         return self.decode.constants() | {
             "TOKEN_TILE": self.token_tile,
             "GEMM_STAGES": self.gemm_stages,

@@ -14,6 +14,7 @@ from onekernel.gpu import layout
 from onekernel.gpu.chips import CHIPS
 from onekernel.gpu.compile import ARCHITECTURES
 from onekernel.gpu.layout import DecodeArguments, Layout, first_group
+from onekernel.gpu.sampling import SamplingArguments
 
 
 def plan(name: str, arch: str) -> Layout:
@@ -47,7 +48,7 @@ def test_every_size_has_a_layout_on_every_chip(name: str, arch: str) -> None:
         ({"head_dim": 128, "heads": 16}, "head_dim 256"),
         ({"value_head_dim": 64, "value_heads": 32}, "linear head dims of 128"),
         ({"rotary_dim": 32}, "64 rotary dims"),
-        ({"heads": 16}, "GQA up to 7"),
+        ({"heads": 16}, "GQA up to 6"),
     ],
 )
 def test_shape_that_the_kernel_cannot_run_is_named(changed: dict[str, int], message: str) -> None:
@@ -65,19 +66,27 @@ def test_constants_cover_what_the_shape_says() -> None:
     assert constants["DEAD_BLOCK"] == -1  # no planted failure
 
 
-def test_argument_struct_is_the_same_in_c_and_python() -> None:
-    """Every field of the C text, in order, with the size that ctypes gives it."""
-    fields = re.findall(r"^    (.+?)(\w+)(?:\[(\d+)\])?;$", DecodeArguments.source(), re.MULTILINE)
-    assert [name for _, name, _ in fields] == [name for name, *_ in DecodeArguments._fields_]
+@pytest.mark.parametrize("structure", [DecodeArguments, SamplingArguments])
+def test_argument_struct_is_the_same_in_c_and_python(structure: type[ctypes.Structure]) -> None:
+    """Every field of the C text, in order, where C puts it: at the next multiple of its own size (8 for a struct)."""
+    name = structure.__name__
+    body = re.search(rf"struct {name} {{\n(.*?)\n}};", DecodeArguments.source(), re.DOTALL)
+    assert body is not None
+    fields = re.findall(r"^    (.+?)(\w+)(?:\[(\d+)\])?;$", body[1], re.MULTILINE)
+    assert [field for _, field, _ in fields] == [field for field, *_ in structure._fields_]
     offset = 0
-    for kind, name, count in fields:
-        size = 8 if "*" in kind or "long long" in kind else 4
-        offset += -offset % size
-        member = getattr(DecodeArguments, name)
-        assert (member.offset, member.size) == (offset, size * int(count or 1)), name
-        offset += member.size
-    assert ctypes.sizeof(DecodeArguments) == offset + -offset % 8
-    assert ctypes.sizeof(DecodeArguments) < 4096  # what a launch may pass
+    for kind, field, count in fields:
+        if kind.strip() == "SamplingArguments":
+            size, alignment = ctypes.sizeof(SamplingArguments), 8
+        else:
+            alignment = 8 if "*" in kind or "long long" in kind or "double" in kind else 4
+            size = alignment * int(count or 1)
+        offset += -offset % alignment
+        member = getattr(structure, field)
+        assert (member.offset, member.size) == (offset, size), field
+        offset += size
+    assert ctypes.sizeof(structure) == offset + -offset % 8
+    assert ctypes.sizeof(structure) < 4096  # what a launch may pass
 
 
 def test_enums_are_in_the_order_of_the_names() -> None:

@@ -126,7 +126,7 @@ class Decoder:
         self.parameters = DeviceBuffer.of(parameters.pack(weights, shape))
         self.exchange = DeviceBuffer(8 * layout.channel_words)
         self.candidates = DeviceBuffer(32 * layout.blocks)
-        self.last_logits = DeviceBuffer(4 * (shape.vocab + 7))  # the kernel reads whole groups of rows
+        self.last_logits = DeviceBuffer(4 * shape.vocab)
         self.sampling = DeviceSampling(shape.vocab, layout.blocks, OUTPUT_RING)
         self.tokens = DeviceBuffer(4 * MOST_GIVEN)
         self.rope = DeviceBuffer(0)

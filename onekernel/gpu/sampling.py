@@ -78,7 +78,7 @@ def is_plain(params: SamplingParams) -> bool:
 
 def memory_needed(vocab: int, blocks: int) -> int:
     """Bytes of GPU memory that sampling works in."""
-    return 3 * 4 * _whole_groups(vocab) + HISTOGRAM_BYTES + 2 * blocks * LIST_WORDS * 8
+    return 3 * 4 * vocab + HISTOGRAM_BYTES + 2 * blocks * LIST_WORDS * 8
 
 
 class DeviceSampling:
@@ -90,7 +90,7 @@ class DeviceSampling:
         ring: tokens that one launch may make.
         """
         self._vocab, self._ring = vocab, ring
-        self._scores, self._counts, self._bias = (DeviceBuffer(4 * _whole_groups(vocab)) for _ in range(3))
+        self._scores, self._counts, self._bias = (DeviceBuffer(4 * vocab) for _ in range(3))
         self._histograms = DeviceBuffer(HISTOGRAM_BYTES)
         self._lists = DeviceBuffer(2 * blocks * LIST_WORDS * 8)
         self._records = MappedMemory(ring * RECORD_WORDS)
@@ -173,8 +173,3 @@ def _bias(params: SamplingParams, vocab: int) -> np.ndarray | None:
     for token, value in params.logit_bias.items():
         bias[token] = value
     return bias
-
-
-def _whole_groups(vocab: int) -> int:
-    """Rows rounded up to those of whole row groups, which the kernel reads."""
-    return -(-vocab // 8) * 8

@@ -71,7 +71,7 @@ def test_dead_barrier_is_reported_in_bounded_time_with_phase_layer_and_block(gpu
     record_property("message", first)
     assert "the decode kernel stopped itself: waiting for the delta rule in layer 2, block " in first
     assert f"block {found['dead']} " not in first  # that one is not waiting
-    assert 0.4 < found["seconds"] < 3
+    assert 0.4 < found["seconds"] < 5  # the limit is 0.5 s; the rest is starting, and sharing the GPU
     # The CUDA context is lost for the process, and everything afterwards says so.
     assert all("this process cannot use the GPU any more" in message for message in (first, *later)), later
 

@@ -26,7 +26,7 @@ struct Shared {
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
-    Candidate best[CONSUMER_WARPS + 2];  // one a warp, then the choice, then its flags
+    Candidate best[CONSUMER_WARPS + 1];  // one a warp, then the choice
     volatile u32 finished;
     u32 passes;  // of sampling, in this launch
 };
@@ -37,6 +37,11 @@ extern "C" __device__ int shared_bytes = sizeof(Shared);
 extern "C" __device__ int threads = THREADS;
 
 // ---- producer ----
+
+// The ring stands still whenever the consumers do: they know better where, and report first.
+__device__ __forceinline__ Watchdog ring_watchdog(const DecodeArguments& a) {
+    return {a.report, a.spin_limit + a.spin_limit / 4, 0, 0, PHASE_RING_EMPTY, 0};
+}
 
 struct Producer {
     Ring ring;
@@ -74,7 +79,7 @@ struct Producer {
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0, 0}, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[blockIdx.x];
         bool head = a.all_logits || step >= a.given - 1 + a.no_head;
@@ -140,7 +145,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
     Consumer c{ring, {0, 0, 0}, 0, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.activations = shared.activations;
     c.locate();
-    int token = 0, made = 0, step = 0;
+    int token = 0, step = 0;
     for (bool last = false; step < a.steps && !last; ++step) {
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
@@ -198,16 +203,15 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         c.mark(MARK_HEAD);
         u32 tag = tag_of(step);
         bool sample = step >= a.given - 1 + a.no_head;
-        const SamplingArguments* sampling = sample && a.sampling.active ? &a.sampling : nullptr;
-        HeadFinish finish{&c, nullptr, sampling, {0, 0xFFFFFu}};
+        HeadFinish finish{&c, nullptr, &a.sampling, sample && a.sampling.active, {0, 0xFFFFFu}};
         if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose(c, a, sampling, finish.best, shared.sampling, shared.best, &shared.passes, step, made, position + 1, flags, tag);
+        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, flags, tag);
         c.mark(MARK_TOKEN);
+        token = (int)choice.token;  // of no meaning after a given token that another follows
         if (sample) {
-            token = (int)choice.token;
-            ++made;
+            int made = step - a.given + 2;
             u32 failure = choice.failure();
             last = made == a.max_tokens || choice.flags || failure;
             for (int i = 0; i < a.stop_count; ++i) last |= token == a.stop_tokens[i];
@@ -235,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {
         give_registers();
         if (threadIdx.x / 32 == CONSUMER_WARPS) produce(a, shared, ring);
-        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0});
+        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, ring_watchdog(a));
     } else {
         take_registers();
         consume(a, shared, ring);

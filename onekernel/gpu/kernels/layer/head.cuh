@@ -26,8 +26,9 @@ __device__ __forceinline__ Candidate warp_best(Candidate best) {
 
 struct HeadFinish {
     const Consumer* consumer;
-    float* logits;                      // [VOCAB] or null
-    const SamplingArguments* sampling;  // or null: the highest logit is the token
+    float* logits;  // [VOCAB] or null
+    const SamplingArguments* sampling;
+    bool sampled;  // or the highest logit is the token
     Candidate best;
 
     __device__ __forceinline__ void prepare(int, int) {}
@@ -37,7 +38,7 @@ struct HeadFinish {
         if (consumer->thread >= groups * 8 || row >= VOCAB) return;
         float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
-        if (row < VOCABULARY_SIZE) best.offer(sampling ? score_row(*sampling, logit, row) : ordered(logit), row);
+        if (row < VOCABULARY_SIZE) best.offer(sampled ? score_row(*sampling, logit, row) : ordered(logit), row);
     }
 };
 
@@ -48,7 +49,9 @@ struct Choice {
     u32 flags;  // of all blocks
 
     // 0, or what kept every token from being chosen: the highest score is 1 no number, 2 infinite, 3 minus infinity.
-    __device__ __forceinline__ u32 failure() const { return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0; }
+    __device__ __forceinline__ u32 failure() const {
+        return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0;
+    }
 };
 __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
     best = warp_best(best);
@@ -83,12 +86,10 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
             flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
         }
         fence_gpu();  // what the other blocks wrote before their words is there, for the whole block behind the barrier
-        if (c.lane == 0) {
-            shared_best[CONSUMER_WARPS] = {(u32)(winner >> 20), 0xFFFFFu - (u32)(winner & 0xFFFFFu)};
-            shared_best[CONSUMER_WARPS + 1] = {flags, 0};
-        }
+        u32 id = 0xFFFFFu - (u32)(winner & 0xFFFFFu);
+        if (c.lane == 0) shared_best[CONSUMER_WARPS] = {(u32)(winner >> 20), id << 12 | (flags & STOP_REQUESTED)};
     }
     consumer_barrier();
     Candidate chosen = shared_best[CONSUMER_WARPS];
-    return {chosen.id, chosen.key, shared_best[CONSUMER_WARPS + 1].key & STOP_REQUESTED};
+    return {chosen.id >> 12, chosen.key, chosen.id & STOP_REQUESTED};
 }

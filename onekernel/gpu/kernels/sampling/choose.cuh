@@ -38,31 +38,29 @@ __device__ __forceinline__ Candidate sample_rows(Consumer& c, const SamplingArgu
 }
 
 // The token of this step. Called by all consumer warps; every thread of every block returns the same.
-// `sampling`: null to take the highest logit. `best`: this thread's candidate from the LM head. `made` counts the tokens
-// of this launch before this one, which will stand at `position`.
-__device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, const SamplingArguments* sampling, Candidate best,
-                                         SamplingScratch& shared, Candidate* shared_best, u32* passes, int step, int made,
-                                         int position, u32 flags, u32 tag) {
-    u64* lists = sampling ? sampling->lists + (step & 1) * BLOCKS * LIST_WORDS : nullptr;
-    int logprobs = sampling ? sampling->logprobs : -1;
-    if (sampling) consumer_barrier();  // the block's scores and logits are written
-    if (logprobs >= 0) publish_logprobs(c, a.logits, shared.logprobs, logprobs, lists + c.block * LIST_WORDS);
+// `sampled`: or the highest logit is taken. `best`: this thread's candidate from the LM head.
+__device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, bool sampled, Candidate best, SamplingScratch& shared,
+                                         Candidate* shared_best, u32* passes, int step, u32 flags, u32 tag) {
+    const SamplingArguments& s = a.sampling;
+    u64* lists = s.lists + (step & 1) * BLOCKS * LIST_WORDS;
+    if (sampled) consumer_barrier();  // the block's scores and logits are written
+    if (sampled && s.logprobs >= 0) publish_logprobs(c, a.logits, shared.logprobs, s.logprobs, lists + c.block * LIST_WORDS);
     u64* candidates = a.candidates + (step & 1) * BLOCKS;
     Choice choice;
 #pragma unroll 1
-    for (bool again = sampling && !sampling->greedy;; again = false) {
+    for (bool again = sampled && !s.greedy;; again = false) {
         choice = choose_token(c, best, shared_best, candidates, flags, tag);
         if (!again || choice.failure()) break;
-        best = sample_rows(c, *sampling, shared.select, passes, from_ordered(choice.key), position);
+        best = sample_rows(c, s, shared.select, passes, from_ordered(choice.key), a.position + step + 1);
         candidates += 2 * BLOCKS;
         flags = choice.flags;
     }
-    if (!sampling || choice.failure()) return choice;
-    u32* counts = sampling->counts;
-    if (counts && c.thread == 0 && OwnRows(c.block).own(choice.token)) counts[choice.token] = (counts[choice.token] + 1) | 1u << 31;
-    u64* record = sampling->records + made % OUTPUT_RING * RECORD_WORDS;
-    if (logprobs >= 0 && c.block == 0) {
-        report_logprobs(c, a.logits, shared.logprobs, logprobs, lists, choice.token, record);
+    if (!sampled || choice.failure()) return choice;
+    if (s.counts && c.thread == 0 && OwnRows(c.block).own(choice.token))
+        s.counts[choice.token] = (s.counts[choice.token] + 1) | 1u << 31;
+    u64* record = s.records + (step - (a.given - 1)) % OUTPUT_RING * RECORD_WORDS;
+    if (s.logprobs >= 0 && c.block == 0) {
+        report_logprobs(c, a.logits, shared.logprobs, s.logprobs, lists, choice.token, record);
         consumer_barrier();  // the scratch's place is needed for activations
     }
     return choice;

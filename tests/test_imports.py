@@ -19,6 +19,7 @@ LAYERS = (
     ("stream",),
     ("api",),
     ("conversation",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import chat, compile, doctor, generate, models, perplexity, pull
+from onekernel.cli import bench, chat, compile, doctor, generate, models, perplexity, pull
 from onekernel.cli.options import INTERRUPTED
 from onekernel.errors import OnekernelError
 
@@ -24,6 +24,7 @@ VERBS: dict[str, Any] = {
     "models": models,
     "compile": compile,
     "doctor": doctor,
+    "bench": bench,
 }
 
 

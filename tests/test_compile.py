@@ -21,6 +21,8 @@ from onekernel.gpu.chips import CHIPS
 from onekernel.gpu.compile import ARCHITECTURES, compile_cached, compile_source
 from onekernel.gpu.kernel import decode_source
 from onekernel.gpu.layout import Layout
+from onekernel.gpu.prefill_layout import PrefillLayout
+from onekernel.gpu.prefiller import prefill_source
 
 if sys.platform == "darwin":
     pytest.skip("NVIDIA publishes no packages for macOS", allow_module_level=True)
@@ -57,6 +59,25 @@ def test_decode_kernel_compiles_within_its_registers(name: str, arch: str) -> No
     assert 0 < resources.registers <= REGISTERS
     spills = resources.spill_stores + resources.spill_loads
     assert spills <= TUNED.get((name, arch), SPILLS[arch]), resources
+
+
+# The shared memory of sm_75 is too small for it.
+PREFILL_CASES = [
+    *(("demo", arch) for arch in ARCHITECTURES if arch != "sm_75"),
+    *((name, arch) for name in ("0.8b", "27b") for arch in ("sm_86", "sm_90a")),
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), PREFILL_CASES)
+def test_prefill_kernel_compiles_within_its_registers(name: str, arch: str) -> None:
+    chip = CHIPS[arch]
+    layout = Layout.plan(shape_of(name), 1000, chip.sm_count, chip.shared_memory)
+    plan = PrefillLayout.plan(layout, chip.sm_count, chip.shared_memory)
+    assert plan is not None
+    cubin, resources = compile_source(prefill_source(plan), arch, "prefill")
+    assert cubin.startswith(compiler.ELF)
+    assert 0 < resources.registers <= REGISTERS
+    assert resources.spill_stores + resources.spill_loads <= 1600, resources
 
 
 def test_layout_that_counts_too_little_shared_memory_does_not_compile() -> None:

@@ -19,6 +19,7 @@ LAYERS = (
     ("stream",),
     ("api",),
     ("conversation",),
+    ("launch", "probe", "server"),
     ("cli",),
     ("__main__",),
 )
@@ -27,6 +28,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOMES: dict[str, tuple[str, ...]] = {
     "cuda": ("gpu",),
     "rich": ("cli",),
+    "httpx2": ("launch", "probe"),
     "jinja2": ("text",),
     "tokenizers": ("text",),
     "torch": (),

@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import chat, doctor, generate, models, pull
+from onekernel.cli import chat, doctor, generate, launch, models, pull
 from onekernel.errors import OnekernelError
 
 # Verbs import what they need when they run: the help must come at once.
-VERBS: dict[str, Any] = {"generate": generate, "chat": chat, "pull": pull, "models": models, "doctor": doctor}
+VERBS: dict[str, Any] = {
+    "generate": generate,
+    "chat": chat,
+    "launch": launch,
+    "pull": pull,
+    "models": models,
+    "doctor": doctor,
+}
 
 INTERRUPTED = 130  # the shell's 128 + SIGINT
 
@@ -70,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         _check_verb(parser, arguments[0])
-        parsed = parser.parse_args(arguments)
+        own, passed_on = _split(arguments)
+        parsed = parser.parse_args(own)
+        parsed.passed_on = passed_on
         code: int = VERBS[parsed.verb].run(parsed)
         sys.stdout.flush()
         return code
@@ -84,6 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone (`| head`). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """(our arguments, those after `--` that `launch` passes on to another program)."""
+    if arguments[0] != "launch" or "--" not in arguments:
+        return arguments, ()
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
 
 
 def _check_verb(parser: Parser, verb: str) -> None:

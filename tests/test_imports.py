@@ -16,9 +16,9 @@ LAYERS = (
     ("gpu", "reference"),
     ("backend",),
     ("engine", "text"),
-    ("stream",),
+    ("scheduler", "stream"),
     ("api",),
-    ("conversation",),
+    ("conversation", "server"),
     ("cli",),
     ("__main__",),
 )
@@ -29,6 +29,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "rich": ("cli",),
     "jinja2": ("text",),
     "tokenizers": ("text",),
+    "llguidance": ("text",),
+    "starlette": ("server",),
+    "uvicorn": ("server",),
+    "msgspec": ("server",),
+    "prometheus_client": ("server",),
     "torch": (),
     "transformers": (),
 }

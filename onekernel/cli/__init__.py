@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import chat, doctor, generate, models, pull
+from onekernel.cli import chat, doctor, generate, models, pull, serve
 from onekernel.errors import OnekernelError
 
 # Verbs import what they need when they run: the help must come at once.
-VERBS: dict[str, Any] = {"generate": generate, "chat": chat, "pull": pull, "models": models, "doctor": doctor}
+VERBS: dict[str, Any] = {
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "pull": pull,
+    "models": models,
+    "doctor": doctor,
+}
 
 INTERRUPTED = 130  # the shell's 128 + SIGINT
 

@@ -73,7 +73,7 @@ class CudaBackend(StepwiseBackend[State]):
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
     ) -> Generator[SampledToken, None, None]:
-        if not on_device(sampler.params) or len(stop_tokens) > MOST_STOP_TOKENS:
+        if sampler.constraint is not None or not on_device(sampler.params) or len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
         while max_tokens > 0:

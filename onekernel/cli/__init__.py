@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import chat, doctor, generate, launch, models, pull
+from onekernel.cli import chat, doctor, generate, launch, models, probe, pull, serve
 from onekernel.errors import OnekernelError
 
 # Verbs import what they need when they run: the help must come at once.
 VERBS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "launch": launch,
+    "probe": probe,
     "pull": pull,
     "models": models,
     "doctor": doctor,

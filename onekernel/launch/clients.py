@@ -27,7 +27,7 @@ def codex(server: Server, folder: Path) -> Setup:
         "model_catalog_json": str(folder / "catalogue.json"),
         "check_for_update_on_startup": False,
     }
-    tables = {
+    tables: dict[str, dict[str, object]] = {
         "analytics": {"enabled": False},
         f"model_providers.{PROVIDER}": {
             "name": PROVIDER,

@@ -161,7 +161,9 @@ def limits(target: Target, findings: Findings) -> None:
     if is_count(made):
         findings.require(made <= 3, f"{made} tokens were made, though max_tokens was 3")
         reason = at(answer.data, "choices", 0, "finish_reason")
-        findings.require(made < 3 or reason == "length", f"finish_reason is {shown(reason)} at max_tokens, not 'length'")
+        findings.require(
+            made < 3 or reason == "length", f"finish_reason is {shown(reason)} at max_tokens, not 'length'"
+        )
     stream = target.stream(PATH, request(target, max_tokens=10_000_000), most_events=2)
     findings.require(stream.status == 200, f"max_tokens beyond the context is refused: {shown(stream.text)}")
 

@@ -1,4 +1,4 @@
-"""What a check found: faults and notes in sentences, collected rather than raised, so that one check can name several."""
+"""What a check found: faults and notes in sentences. They are collected, so that one check can name several."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Findings:
 
 
 def at(value: Any, *path: str | int) -> Any:
-    """The value under `path` in parsed JSON, or None where there is no such thing: a broken server may send anything."""
+    """The value under `path` in parsed JSON, or None where there is none: a broken server may send anything."""
     for step in path:
         if isinstance(step, str):
             value = value.get(step) if isinstance(value, dict) else None

@@ -54,8 +54,6 @@ class Target:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.key = key
-        self.context: int | None = None
-        """Tokens that the server says it has room for."""
         # No proxies of the environment, and no reuse of connections: a check must not inherit what another one left.
         self._client = httpx2.Client(
             base_url=self.url, timeout=timeout_s, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
@@ -116,9 +114,7 @@ def _encoded(body: Any) -> bytes:
 
 
 def _answer(response: httpx2.Response) -> Answer:
-    return Answer(
-        response.status_code, response.headers.get("content-type", ""), response.text, parsed(response.text)
-    )
+    return Answer(response.status_code, response.headers.get("content-type", ""), response.text, parsed(response.text))
 
 
 def parsed(text: str) -> Any:

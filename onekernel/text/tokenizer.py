@@ -89,6 +89,15 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i, skip_special=skip_special) for i in ids).decode("utf-8", "replace")
 
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its name, say `</think>`; None if there is no such token."""
+        found: int | None = self._library.token_to_id(token)
+        return found
+
+    def to_json(self) -> str:
+        """All of tokenizer.json, for libraries that read it themselves."""
+        return str(self._library.to_str())
+
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """The bytes that a token stands for; none for special tokens if they are skipped.
 

@@ -1,0 +1,448 @@
+"""POST /v1/chat/completions: OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from onekernel.errors import OnekernelError
+from onekernel.sampling.params import SampledToken
+from onekernel.server import body, history, options
+from onekernel.server.body import Fields
+from onekernel.server.errors import RequestError, as_request_error, openai_body
+from onekernel.server.merge import merged
+from onekernel.server.service import Answer, Ask, Batch, Service
+from onekernel.server.streaming import EventStream, data, while_there
+from onekernel.text.answer import Thinking
+from onekernel.text.grammar import Compiled
+from onekernel.text.tool_calls import CallArguments, CallStart, Text
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+FINISH = {"stop": "stop", "stop_string": "stop", "tool_calls": "tool_calls", "length": "length"}
+HEARTBEAT = b": heartbeat\n\n"
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+
+
+class ChatFields(Fields):
+    """The body of a request. Those that other servers of open models have too: top_k, min_p, repetition_penalty,
+    ignore_eos, chat_template_kwargs.enable_thinking, thinking_token_budget and structured_outputs."""
+
+    messages: list[dict[str, Any]]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    ignore_eos: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    thinking_token_budget: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # Known, and without effect on one local model.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    verbosity: str | None = None
+    modalities: list[str] | None = None
+    # Known, and not to be had here: an error if they ask for anything.
+    audio: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
+
+
+async def chat_completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    fields, ignored = await body.read(request, ChatFields)
+    answers = service.answers(await to_asks(service, fields))
+    reply = Reply(service, fields, answers)
+    headers = {body.IGNORED: ", ".join(ignored)} if ignored else {}
+    if fields.stream:
+        return EventStream(reply.stream(), answers, headers)
+    return JSONResponse(await while_there(request, answers, reply.whole()), headers=headers)
+
+
+async def to_asks(service: Service, fields: ChatFields) -> list[Ask]:
+    """One for each choice. Raises RequestError and InvalidRequest."""
+    check_supported(fields)
+    count = 1 if fields.n is None else fields.n
+    if not 1 <= count <= service.settings.most_choices:
+        raise RequestError(f"n = {count} must be between 1 and {service.settings.most_choices}", parameter="n")
+    tools = tool_option(fields)
+    thinking = thinking_option(fields)
+    grammar = output_grammar(service, fields)
+    if grammar is not None and tools.choice not in (options.AUTO, options.NONE):
+        raise RequestError("response_format and tool_choice cannot both decide the answer", parameter="tool_choice")
+    shown = tools.tools if tools.choice != options.NONE else None
+    sampling = options.sampling(
+        service,
+        {
+            "temperature": fields.temperature,
+            "top_p": fields.top_p,
+            "top_k": None if fields.top_k is None else max(0, fields.top_k),  # -1 is "all" in other servers
+            "min_p": fields.min_p,
+            "presence_penalty": fields.presence_penalty,
+            "frequency_penalty": fields.frequency_penalty,
+            "repetition_penalty": fields.repetition_penalty,
+            "logit_bias": options.logit_bias(service, fields.logit_bias),
+            "seed": fields.seed,
+            "logprobs": (fields.top_logprobs or 0) if fields.logprobs else None,
+        },
+        {"logprobs": "top_logprobs"},
+    )
+    limit = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
+    name = "max_completion_tokens" if fields.max_completion_tokens is not None else "max_tokens"
+    prompt, inside = await service.render(to_messages(fields.messages), shown, thinking.enabled)
+    ask = Ask(
+        prompt=prompt,
+        sampling=sampling,
+        max_tokens=options.most_tokens(limit, name),
+        stop=options.stops(fields.stop),
+        thinking=inside,
+        thinking_tokens=thinking.tokens,
+        tools=shown or None,
+        grammar=grammar or options.tool_grammar(service, tools),
+        ignore_eos=bool(fields.ignore_eos),
+    )
+    if count == 1:
+        return [ask]
+    return [replace(ask, sampling=replace(sampling, seed=seed)) for seed in options.seeds(fields.seed, count)]
+
+
+def check_supported(fields: ChatFields) -> None:
+    for name in ("audio", "prediction", "web_search_options"):
+        if getattr(fields, name):
+            raise body.unsupported(name, "this model reads and writes text only, and has no other sources")
+    for name in ("functions", "function_call"):
+        if getattr(fields, name):
+            raise body.unsupported(name, "use tools and tool_choice instead")
+    if fields.modalities and fields.modalities != ["text"]:
+        raise body.unsupported("modalities", "this model writes text only")
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", parameter="top_logprobs")
+
+
+def to_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the template takes them."""
+    if not messages:
+        raise RequestError("messages is empty: give at least one", parameter="messages")
+    result = []
+    for i, message in enumerate(messages):
+        role, where = message.get("role"), f"messages[{i}]"
+        if role not in ROLES:
+            raise RequestError(f"{where}.role = {role!r} must be one of {', '.join(ROLES)}", parameter=f"{where}.role")
+        told: dict[str, Any] = {
+            "role": "tool" if role == "function" else role,
+            "content": history.text_of(message.get("content"), f"{where}.content"),
+        }
+        if role == "assistant":
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
+            if isinstance(reasoning, str):
+                told["reasoning_content"] = reasoning
+            if message.get("tool_calls"):
+                told["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
+        result.append(told)
+    return history.for_template(result)
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise RequestError(f"{where} must be a list", parameter=where)
+    result = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(call, dict) and isinstance(call.get("custom"), dict):
+            function = {"name": call["custom"].get("name"), "arguments": {"input": call["custom"].get("input", "")}}
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError(f"{where}[{i}] needs function.name and function.arguments", parameter=f"{where}[{i}]")
+        result.append(history.call(function["name"], function.get("arguments") or {}))
+    return result
+
+
+def tool_option(fields: ChatFields) -> options.ToolOption:
+    tools = []
+    for i, tool in enumerate(fields.tools or []):
+        function = tool.get("function")
+        if tool.get("type", "function") != "function" or not isinstance(function, dict):
+            raise RequestError(
+                f"tools[{i}] is of type {tool.get('type')!r}: only functions can be called", parameter=f"tools[{i}]"
+            )
+        name, description = function.get("name"), function.get("description")
+        if not isinstance(name, str) or not name:
+            raise RequestError(f"tools[{i}].function.name must be a name", parameter=f"tools[{i}].function.name")
+        described = description if isinstance(description, str) else None
+        tools.append(history.tool(name, described, function.get("parameters")))
+    choice = fields.tool_choice
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if choice.get("type") == "allowed_tools":
+            raise RequestError("tool_choice of type 'allowed_tools' is not supported", parameter="tool_choice")
+        if not isinstance(name, str):
+            raise RequestError("tool_choice needs function.name", parameter="tool_choice")
+        choice = name
+    elif choice not in (None, options.AUTO, options.NONE, options.REQUIRED):
+        raise RequestError(
+            f"tool_choice = {choice!r} must be 'auto', 'none', 'required' or name a function", parameter="tool_choice"
+        )
+    several = fields.parallel_tool_calls is not False
+    option = options.ToolOption(tools or None, choice or options.AUTO, several)
+    options.check_tools(option)
+    return option
+
+
+def thinking_option(fields: ChatFields) -> options.ThinkingOption:
+    option = options.effort(fields.reasoning_effort, "reasoning_effort")
+    enabled = (fields.chat_template_kwargs or {}).get("enable_thinking")
+    if isinstance(enabled, bool):
+        option = replace(option, enabled=enabled)
+    budget = fields.thinking_token_budget
+    if budget is not None:
+        if budget < 0:
+            raise RequestError("thinking_token_budget must not be negative", parameter="thinking_token_budget")
+        option = options.ThinkingOption(option.enabled if budget else False, budget)
+    return option
+
+
+def output_grammar(service: Service, fields: ChatFields) -> Compiled | None:
+    form, other = fields.response_format, fields.structured_outputs
+    if form and other:
+        raise RequestError("response_format and structured_outputs exclude each other", parameter="response_format")
+    try:
+        if form:
+            return _response_format(service, form)
+        return _structured(service, other) if other else None
+    except RequestError:
+        raise
+    except OnekernelError as error:
+        raise RequestError(str(error), parameter="response_format" if form else "structured_outputs") from None
+
+
+def _response_format(service: Service, form: dict[str, Any]) -> Compiled | None:
+    kind = form.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return service.grammars.json_object()
+    if kind == "json_schema" and isinstance(form.get("json_schema"), dict):
+        return service.grammars.json_schema(form["json_schema"].get("schema", {}))
+    raise RequestError(
+        "response_format.type must be 'text', 'json_object' or 'json_schema' (with json_schema.schema)",
+        parameter="response_format",
+    )
+
+
+def _structured(service: Service, given: dict[str, Any]) -> Compiled:
+    grammars = service.grammars
+    match given:
+        case {"json": dict() as schema}:
+            return grammars.json_schema(schema)
+        case {"json_object": True}:
+            return grammars.json_object()
+        case {"regex": str() as pattern}:
+            return grammars.regex(pattern)
+        case {"grammar": str() as grammar}:
+            return grammars.lark(grammar)
+        case {"choice": [*choices]} if choices and all(isinstance(choice, str) and choice for choice in choices):
+            return grammars.choice([str(choice) for choice in choices])
+    raise RequestError(
+        "structured_outputs needs one of json (a schema), json_object: true, regex, grammar (Lark) or choice",
+        parameter="structured_outputs",
+    )
+
+
+class Reply:
+    """What goes back to the client, whole or in chunks."""
+
+    def __init__(self, service: Service, fields: ChatFields, answers: list[Answer]) -> None:
+        self._service = service
+        self._answers = answers
+        self._with_logprobs = bool(fields.logprobs)
+        self._include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
+        self._common = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.settings.model_name,
+        }
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        calls = [CallNumbers() for _ in self._answers]
+        for index in range(len(self._answers)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        try:
+            async for index, batch in merged(self._answers):
+                if batch is None:
+                    reason = FINISH.get(self._answers[index].finish_reason, "stop")
+                    yield self._chunk(index, {}, finish_reason=reason)
+                elif batch.heartbeat:
+                    yield HEARTBEAT
+                else:
+                    yield self._deltas(index, batch, calls[index])
+            if self._include_usage:
+                yield data({**self._head(), "choices": [], "usage": usage(self._answers)})
+            yield b"data: [DONE]\n\n"
+        except OnekernelError as error:
+            yield data(openai_body(as_request_error(error)))
+
+    async def whole(self) -> dict[str, Any]:
+        collected = [Collected() for _ in self._answers]
+        tokens: list[list[SampledToken]] = [[] for _ in self._answers]
+        async for index, batch in merged(self._answers):
+            if batch is not None:
+                collected[index].add(batch)
+                tokens[index] += batch.tokens
+        choices = []
+        for i, answer in enumerate(self._answers):
+            choices.append(
+                {
+                    "index": i,
+                    "message": collected[i].message(),
+                    "logprobs": self._logprobs(tokens[i][: answer.completion_tokens]),
+                    "finish_reason": FINISH.get(answer.finish_reason, "stop"),
+                }
+            )
+        head = {**self._common, "object": "chat.completion"}
+        return {**head, "choices": choices, "usage": usage(self._answers)}
+
+    def _deltas(self, index: int, batch: Batch, calls: CallNumbers) -> bytes:
+        """One chunk an event; tokens without text of their own (parts of a tag) make none, but for their logprobs."""
+        chunks = []
+        logprobs = self._logprobs(batch.tokens)
+        for event in batch.events:
+            delta = _delta(event, calls)
+            if delta is not None:
+                chunks.append(self._chunk(index, delta, logprobs=logprobs))
+                logprobs = None
+        if logprobs is not None and logprobs["content"]:
+            chunks.append(self._chunk(index, {}, logprobs=logprobs))
+        return b"".join(chunks)
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return data({**self._head(), "choices": [choice]})
+
+    def _head(self) -> dict[str, Any]:
+        return {**self._common, "object": "chat.completion.chunk"}
+
+    def _logprobs(self, tokens: list[SampledToken]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        tokenizer = self._service.model.tokenizer
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            raw = tokenizer.token_bytes(token, skip_special=False)
+            value = -9999.0 if logprob is None else max(logprob, -9999.0)
+            return {"token": raw.decode("utf-8", "replace"), "bytes": list(raw), "logprob": value}
+
+        content = [
+            {**entry(token.id, token.logprob), "top_logprobs": [entry(*other) for other in token.top_logprobs]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+class CallNumbers:
+    """Counts the calls of one choice, and names them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def next(self, name: str) -> dict[str, Any]:
+        self.count += 1
+        return {
+            "index": self.count - 1,
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
+        }
+
+
+def _delta(event: object, calls: CallNumbers) -> dict[str, Any] | None:
+    if isinstance(event, Text):
+        return {"content": event.text}
+    if isinstance(event, Thinking):
+        return {"reasoning_content": event.text}
+    if isinstance(event, CallStart):
+        return {"tool_calls": [calls.next(event.name)]}
+    if isinstance(event, CallArguments):
+        return {"tool_calls": [{"index": calls.count - 1, "function": {"arguments": event.json}}]}
+    return None
+
+
+class Collected:
+    """The parts of one whole message."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._thinking: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._numbers = CallNumbers()
+
+    def add(self, batch: Batch) -> None:
+        for event in batch.events:
+            if isinstance(event, Text):
+                self._texts.append(event.text)
+            elif isinstance(event, Thinking):
+                self._thinking.append(event.text)
+            elif isinstance(event, CallStart):
+                call = self._numbers.next(event.name)
+                del call["index"]
+                self._calls.append(call)
+            elif isinstance(event, CallArguments):
+                self._calls[-1]["function"]["arguments"] += event.json
+
+    def message(self) -> dict[str, Any]:
+        content = "".join(self._texts)
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if self._calls else "")}
+        message["refusal"] = None
+        if self._thinking:
+            message["reasoning_content"] = "".join(self._thinking)
+        if self._calls:
+            message["tool_calls"] = self._calls
+        return message
+
+
+def usage(answers: list[Answer]) -> dict[str, Any]:
+    """Of all choices; they share the prompt, so it counts once."""
+    prompt = answers[0].prompt_tokens
+    completion = sum(answer.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": answers[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.thinking_tokens for answer in answers)},
+    }

@@ -363,7 +363,7 @@ class SmallServer:
 
     async def messages(self, body: dict[str, Any]) -> Response:
         prompt, words = self.read(body, "messages", body.get("max_tokens", 48))
-        called = body.get("tool_choice") == {"type": "any"}
+        called = (body.get("tool_choice") or {}).get("type") == "any"
         block: dict[str, Any] = {"type": "text", "text": "".join(words)}
         reason = "max_tokens"
         if called:

@@ -184,9 +184,21 @@ def stops(target: Target, findings: Findings) -> None:
     findings.require(stop not in stream_text(chunks), "the stream holds the stop string")
 
 
+def _required(target: Target) -> dict[str, Any]:
+    # One call only: a small model would call again and again until max_tokens.
+    return request(
+        target,
+        tool.QUESTION,
+        tools=TOOLS,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=tool.MAX_TOKENS,
+    )
+
+
 def tools(target: Target, findings: Findings) -> None:
     """A call that is required comes, whole and in pieces, and its result is taken back."""
-    body = request(target, tool.QUESTION, tools=TOOLS, tool_choice="required", max_tokens=tool.MAX_TOKENS)
+    body = _required(target)
     answer = target.need(PATH, body)
     check_answer(answer, findings)
     message = at(answer.data, "choices", 0, "message")
@@ -207,7 +219,7 @@ def tools(target: Target, findings: Findings) -> None:
 
 
 def tools_streamed(target: Target, findings: Findings) -> None:
-    body = request(target, tool.QUESTION, tools=TOOLS, tool_choice="required", max_tokens=tool.MAX_TOKENS)
+    body = _required(target)
     stream = target.stream(PATH, {**body, "stream_options": {"include_usage": True}})
     check_stream(stream, findings)
     pieces = stream_calls([event.data for event in stream.events])

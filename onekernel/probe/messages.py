@@ -139,7 +139,8 @@ def streamed(target: Target, findings: Findings) -> None:
 
 def tools(target: Target, findings: Findings) -> None:
     """A call that is required comes, whole and in pieces, and its result is taken back."""
-    body = request(target, tool.QUESTION, tools=TOOLS, tool_choice={"type": "any"}, max_tokens=tool.MAX_TOKENS)
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    body = request(target, tool.QUESTION, tools=TOOLS, tool_choice=choice, max_tokens=tool.MAX_TOKENS)
     answer = target.need(PATH, body)
     check_answer(answer, findings)
     content = items(at(answer.data, "content"))

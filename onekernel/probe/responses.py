@@ -165,7 +165,14 @@ def streamed(target: Target, findings: Findings) -> None:
 
 def tools(target: Target, findings: Findings) -> None:
     """A call that is required comes, whole and in pieces, and its result is taken back, as text and as a list."""
-    body = request(target, tool.QUESTION, tools=TOOLS, tool_choice="required", max_output_tokens=tool.MAX_TOKENS)
+    body = request(
+        target,
+        tool.QUESTION,
+        tools=TOOLS,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_output_tokens=tool.MAX_TOKENS,
+    )
     answer = target.need(PATH, body)
     check_answer(answer, findings)
     output = items(at(answer.data, "output"))

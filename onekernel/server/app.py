@@ -9,7 +9,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from onekernel.errors import OnekernelError
-from onekernel.server import chat_completions, errors, health, models, page
+from onekernel.server import (
+    chat_completions,
+    chat_page,
+    completions,
+    errors,
+    health,
+    messages,
+    models,
+    responses,
+    tokenize,
+)
 from onekernel.server.errors import RequestError
 from onekernel.server.security import Guard
 from onekernel.server.service import Service
@@ -17,6 +27,12 @@ from onekernel.server.streaming import ClientGone
 
 ROUTES = (
     ("POST", "/v1/chat/completions", chat_completions.chat_completions),
+    ("POST", "/v1/completions", completions.completions),
+    ("POST", "/v1/responses", responses.responses),
+    ("POST", "/v1/messages", messages.messages),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
+    ("POST", "/tokenize", tokenize.tokenize),
+    ("POST", "/detokenize", tokenize.detokenize),
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model:path}", models.get_model),
     ("GET", "/health", health.health),
@@ -25,8 +41,8 @@ ROUTES = (
     ("GET", "/props", health.props),
     ("GET", "/v1/props", health.props),
     ("GET", "/metrics", health.metrics),
-    ("GET", "/", page.page),
-    ("GET", "/page/{name}", page.page),
+    ("GET", "/", chat_page.page),
+    ("GET", "/page/{name}", chat_page.page),
 )
 CLIENT_GONE = 499  # nobody reads it; it stands in the log
 
@@ -45,7 +61,7 @@ def make_app(service: Service) -> Starlette:
         },
     )
     app.state.service = service
-    app.state.page = page.load_files()
+    app.state.page = chat_page.load_files()
     return app
 
 

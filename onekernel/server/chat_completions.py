@@ -16,6 +16,7 @@ from onekernel.sampling.params import SampledToken
 from onekernel.server import body, history, options
 from onekernel.server.body import Fields
 from onekernel.server.errors import RequestError, as_request_error, openai_body
+from onekernel.server.logprobs import entries
 from onekernel.server.merge import merged
 from onekernel.server.service import Answer, Ask, Batch, Service
 from onekernel.server.streaming import EventStream, data, while_there
@@ -360,18 +361,7 @@ class Reply:
     def _logprobs(self, tokens: list[SampledToken]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
-        tokenizer = self._service.model.tokenizer
-
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            raw = tokenizer.token_bytes(token, skip_special=False)
-            value = -9999.0 if logprob is None else max(logprob, -9999.0)
-            return {"token": raw.decode("utf-8", "replace"), "bytes": list(raw), "logprob": value}
-
-        content = [
-            {**entry(token.id, token.logprob), "top_logprobs": [entry(*other) for other in token.top_logprobs]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": entries(self._service.model.tokenizer, tokens), "refusal": None}
 
 
 class CallNumbers:

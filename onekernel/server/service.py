@@ -206,11 +206,17 @@ class Service:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         thinking: bool | None,
+        *,
+        check: bool = True,
     ) -> tuple[tuple[int, ...], bool]:
-        """(the prompt of a conversation, whether it opens the thinking). Raises InvalidRequest, ContextOverflow."""
+        """(the prompt of a conversation, whether it opens the thinking).
+
+        Raises InvalidRequest, and ContextOverflow if there is no room for an answer (unless it is not to be checked).
+        """
         text = self.model.render(messages, tools=tools, thinking=thinking)
         prompt = await self.encode(text)
-        self.check_fits(prompt)
+        if check:
+            self.check_fits(prompt)
         return prompt, text.rstrip().endswith(THINK)
 
     def check_fits(self, prompt: Sequence[int]) -> None:

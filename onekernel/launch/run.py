@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from onekernel.errors import InvalidRequest, OnekernelError
 from onekernel.launch.client import Client, Server, Setup
@@ -76,9 +77,16 @@ def _parent() -> Path:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit code. Ctrl-C is the client's: it reaches both of us, and only the client knows what to do with it."""
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The exit code. Ctrl-C is the client's: it reaches both of us, and only the client knows what to do with it. What
+    ends only us (SIGTERM) is passed on, so that the configuration is removed after the client's end."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.terminate()
+
+    usual = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    usual[signal.SIGTERM] = signal.signal(signal.SIGTERM, pass_on)
     try:
         return process.wait()
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)

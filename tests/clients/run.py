@@ -13,7 +13,6 @@ and 3 GB of disk (Open WebUI alone 1.6 GB).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import open_webui
-from fixtures import write_fixture
+from cleaning import write_fixture
 from recorder import Recorder
 from scripted_agent import DONE
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "fixtures"
-LONGEST = 160  # characters of a text: descriptions and system prompts are others' work, only their form matters here
+LONGEST = 100  # characters of a text: descriptions and system prompts are others' work, only their form matters here
 KEPT_HEADERS = ("content-type", "accept", "user-agent", "anthropic-version", "anthropic-beta")
 PATTERNS = (
     (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "00000000-0000-0000-0000-000000000000"),
@@ -17,7 +17,7 @@ PATTERNS = (
     (r"\b(call|toolu|msg|resp|fc|rs|ses|chatcmpl)_?[0-9A-Za-z]{16,}\b", r"\1_0"),
     (r"\d{4}-\d{2}-\d{2}(T[\d:.]+(Z|[+-][\d:]+)?)?", "2026-01-01"),
     (r"(Mon|Tue|Wednes|Thurs|Fri|Satur|Sun)day,? [A-Z][a-z]+ \d+,? \d{4}", "Thursday, January 1, 2026"),
-    (r"Linux \d[\w.+-]*", "Linux"),
+    (r"\b([Ll]inux) \d[\w.+-]*", r"\1"),
     (r"127\.0\.0\.1:\d+", "127.0.0.1:8000"),
 )
 
@@ -28,10 +28,11 @@ def write_fixture(name: str, package: str, requests: Iterable[Mapping[str, Any]]
         {
             "method": request["method"],
             "path": request["path"],
-            "headers": {key: value for key, value in request["headers"].items() if key in KEPT_HEADERS},
+            "headers": {key: clean(value, paths) for key, value in request["headers"].items() if key in KEPT_HEADERS},
             "body": clean(request["body"], paths),
         }
         for request in requests
+        if not request["headers"].get("user-agent", "").startswith("python-httpx2")  # of `onekernel launch`
     ]
     text = json.dumps({"client": package, "requests": kept}, indent=1, ensure_ascii=False, sort_keys=True)
     FOLDER.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from onekernel.errors import OnekernelError
 from onekernel.server import chat_page, errors, openapi
 from onekernel.server.errors import RequestError
+from onekernel.server.request_log import RequestLog
 from onekernel.server.routes import OPERATIONS
 from onekernel.server.security import Guard
 from onekernel.server.service import Service
@@ -24,7 +25,7 @@ def make_app(service: Service) -> Starlette:
     routes = [Route(one.path, one.handler, methods=[one.method]) for one in OPERATIONS]
     app = Starlette(
         routes=[*routes, Route(openapi.PATH, openapi.openapi, methods=["GET"])],
-        middleware=[Middleware(Guard, settings=service.settings)],
+        middleware=[Middleware(RequestLog), Middleware(Guard, settings=service.settings)],
         exception_handlers={
             OnekernelError: _failed,
             ClientGone: _client_gone,

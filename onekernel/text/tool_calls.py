@@ -241,8 +241,8 @@ class ToolCallParser:
 
     def _first_possible_end(self) -> int:
         """Where in the text held an end of the value might begin."""
-        for match in re.finditer(r"\n?</parameter>\s*", self._held):
-            rest = self._held[match.end() :]
+        for match in re.finditer(r"\n?</parameter>", self._held):
+            rest = self._held[match.end() :].lstrip()
             if any(tag.startswith(rest) for tag in (PARAMETER, FUNCTION_END, CALL_END)):
                 return match.start()
         tail = max(overlap(self._held, "\n" + PARAMETER_END), overlap(self._held, PARAMETER_END))

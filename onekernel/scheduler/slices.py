@@ -60,7 +60,7 @@ class TimeSlices:
         self._engine = engine
         self._cache = cache
         self._others_wait = others_wait
-        self._token_s = SLICE_S  # what a token takes, roughly
+        self._token_s = SLICE_S / SLICE_TOKENS  # what a token takes, roughly
         self._prefill_s = PREFILL_S / PREFILL_TOKENS[0]  # the same of a prompt
 
     def start(self, ticket: Ticket) -> None:
@@ -103,7 +103,10 @@ class TimeSlices:
             if not self._cache.drop_oldest():
                 self._drop(turn, "error", error)
         except OnekernelError as error:
-            self._drop(turn, "error", error)
+            if turn.ticket.finish_reason is None:
+                self._drop(turn, "error", error)
+            else:  # the answer is complete, only its snapshot failed
+                self._remove(turn)
         turn.served_s += time.perf_counter() - started_at
 
     def end_all(self, reason: str) -> None:
@@ -149,9 +152,8 @@ class TimeSlices:
                 if ticket.cancelled:
                     break
         made = turn.generated - before
-        if made > 1:
-            # From the first token on: before it comes the rest of the prompt.
-            self._token_s = (time.perf_counter() - started_at) / made
+        if before and made:  # the first slice reads the rest of the prompt, too
+            self._token_s += 0.5 * ((time.perf_counter() - started_at) / made - self._token_s)
         if ticket.cancelled:
             self._end(turn, "cancelled")
         elif session.finish_reason == "stop":
@@ -187,9 +189,9 @@ class TimeSlices:
 
     def _end(self, turn: Running, reason: str) -> None:
         """The orderly end: what was read and made may be the beginning of the next prompt."""
-        self._drop(turn, reason)
-        if len(turn.session) > 1:
-            self._keep(turn)
+        turn.ticket.finish(reason)  # first: nobody waits for the snapshot
+        self._keep(turn)
+        self._remove(turn)
 
     def _keep(self, turn: Running) -> None:
         """Take a snapshot, if it spares enough."""
@@ -202,7 +204,10 @@ class TimeSlices:
             self._cache.drop_oldest()
 
     def _drop(self, turn: Running, reason: str, error: OnekernelError | None = None) -> None:
-        self.running.remove(turn)
         turn.ticket.finish(reason, error)
+        self._remove(turn)
+
+    def _remove(self, turn: Running) -> None:
+        self.running.remove(turn)
         if turn.ticket.started_at is not None and turn.ticket.ended_at is not None:
             self.request_s += 0.2 * (turn.ticket.ended_at - turn.ticket.started_at - self.request_s)

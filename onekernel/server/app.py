@@ -9,49 +9,23 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from onekernel.errors import OnekernelError
-from onekernel.server import (
-    chat_completions,
-    chat_page,
-    completions,
-    errors,
-    health,
-    messages,
-    models,
-    responses,
-    tokenize,
-)
+from onekernel.server import chat_page, errors, openapi
 from onekernel.server.errors import RequestError
+from onekernel.server.request_log import RequestLog
+from onekernel.server.routes import OPERATIONS
 from onekernel.server.security import Guard
 from onekernel.server.service import Service
 from onekernel.server.streaming import ClientGone
 
-ROUTES = (
-    ("POST", "/v1/chat/completions", chat_completions.chat_completions),
-    ("POST", "/v1/completions", completions.completions),
-    ("POST", "/v1/responses", responses.responses),
-    ("POST", "/v1/messages", messages.messages),
-    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
-    ("POST", "/tokenize", tokenize.tokenize),
-    ("POST", "/detokenize", tokenize.detokenize),
-    ("GET", "/v1/models", models.list_models),
-    ("GET", "/v1/models/{model:path}", models.get_model),
-    ("GET", "/health", health.health),
-    ("GET", "/ready", health.ready),
-    ("GET", "/version", health.version),
-    ("GET", "/props", health.props),
-    ("GET", "/v1/props", health.props),
-    ("GET", "/metrics", health.metrics),
-    ("GET", "/", chat_page.page),
-    ("GET", "/page/{name}", chat_page.page),
-)
 CLIENT_GONE = 499  # nobody reads it; it stands in the log
 
 
 def make_app(service: Service) -> Starlette:
     """The ASGI application over one service. Whoever runs it closes the service afterwards."""
+    routes = [Route(one.path, one.handler, methods=[one.method]) for one in OPERATIONS]
     app = Starlette(
-        routes=[Route(path, handler, methods=[method]) for method, path, handler in ROUTES],
-        middleware=[Middleware(Guard, settings=service.settings)],
+        routes=[*routes, Route(openapi.PATH, openapi.openapi, methods=["GET"])],
+        middleware=[Middleware(RequestLog), Middleware(Guard, settings=service.settings)],
         exception_handlers={
             OnekernelError: _failed,
             ClientGone: _client_gone,

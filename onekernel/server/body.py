@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,14 +13,16 @@ from onekernel.server.errors import RequestError
 
 T = TypeVar("T")
 IGNORED = "x-onekernel-ignored"  # names the fields of the request that had no effect
+MOST_IGNORED = 32
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Fields(msgspec.Struct, kw_only=True):
     """Base of the fields of an API. Unknown ones are accepted (clients send many) and named in the header above."""
 
 
-async def read(request: Request, kind: type[T]) -> tuple[T, list[str]]:
-    """The fields of the JSON body, and the names of those at its top that `kind` does not know.
+async def read(request: Request, kind: type[T]) -> tuple[T, dict[str, str]]:
+    """The fields of the JSON body, and headers for the answer: they name the fields that `kind` does not know.
 
     Raises:
         RequestError: the body is too large or too slow, not JSON, or a field has the wrong type; names the field.
@@ -38,7 +41,7 @@ async def read(request: Request, kind: type[T]) -> tuple[T, list[str]]:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object")
-    return convert(raw, kind), [name for name in raw if name not in known_fields(kind)]
+    return convert(raw, kind), _ignored([name for name in raw if name not in known_fields(kind)])
 
 
 def convert(raw: Any, kind: type[T]) -> T:
@@ -62,6 +65,12 @@ def known_fields(kind: type) -> frozenset[str]:
 def unsupported(name: str, why: str) -> RequestError:
     """The error for a field that would change the answer and that this server cannot honour."""
     return RequestError(f"{name} is not supported: {why}", code="unsupported_parameter", parameter=name)
+
+
+def _ignored(names: list[str]) -> dict[str, str]:
+    # Not every string can stand in a header.
+    told = [name if PLAIN_NAME.fullmatch(name) else "?" for name in names[:MOST_IGNORED]]
+    return {IGNORED: ", ".join(told)} if told else {}
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -85,10 +85,9 @@ class ChatFields(Fields):
 
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    fields, ignored = await body.read(request, ChatFields)
+    fields, headers = await body.read(request, ChatFields)
     answers = service.answers(await to_asks(service, fields))
     reply = Reply(service, fields, answers)
-    headers = {body.IGNORED: ", ".join(ignored)} if ignored else {}
     if fields.stream:
         return EventStream(reply.stream(), answers, headers)
     return JSONResponse(await while_there(request, answers, reply.whole()), headers=headers)

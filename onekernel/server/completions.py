@@ -60,11 +60,10 @@ class CompletionFields(Fields):
 
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    fields, ignored = await body.read(request, CompletionFields)
+    fields, headers = await body.read(request, CompletionFields)
     asks, texts = await to_asks(service, fields)
     answers = service.answers(asks)
     reply = Reply(service, fields, answers, texts)
-    headers = {body.IGNORED: ", ".join(ignored)} if ignored else {}
     if fields.stream:
         return EventStream(reply.stream(), answers, headers)
     return JSONResponse(await while_there(request, answers, reply.whole()), headers=headers)

@@ -94,4 +94,6 @@ def response(error: OnekernelError, path: str) -> Response:
         headers["retry-after"] = "5"
     elif told.status == 401:
         headers["www-authenticate"] = "Bearer"
+    elif told.status in (408, 413):  # the rest of the body is not waited for
+        headers["connection"] = "close"
     return JSONResponse(form_of(path)(told), told.status, headers)

@@ -57,11 +57,10 @@ class MessageFields(CountFields):
 
 async def messages(request: Request) -> Response:
     service: Service = request.app.state.service
-    fields, ignored = await body.read(request, MessageFields)
+    fields, headers = await body.read(request, MessageFields)
     answers = service.answers([await to_ask(service, fields)])
     shown = (fields.thinking or {}).get("display") != "omitted"
     events = MessageEvents(service.settings.model_name, shown)
-    headers = {body.IGNORED: ", ".join(ignored)} if ignored else {}
     if fields.stream:
         return EventStream(_stream(events, answers[0]), answers, headers)
     return JSONResponse(await while_there(request, answers, _whole(events, answers[0])), headers=headers)

@@ -67,12 +67,11 @@ class ResponseFields(Fields):
 
 async def responses(request: Request) -> Response:
     service: Service = request.app.state.service
-    fields, ignored = await body.read(request, ResponseFields)
+    fields, headers = await body.read(request, ResponseFields)
     tools = responses_input.Tools()
     ask = await to_ask(service, fields, tools)
     answers = service.answers([ask])
     events = ResponseEvents(echoed(service, fields), tools, _logprobs(service, fields))
-    headers = {body.IGNORED: ", ".join(ignored)} if ignored else {}
     if fields.stream:
         return EventStream(_stream(events, answers[0]), answers, headers)
     return JSONResponse(await while_there(request, answers, _whole(events, answers[0])), headers=headers)

@@ -107,6 +107,7 @@ class ResponseEvents:
             return
         yield from self._close("completed")
         item: dict[str, Any]
+        part: dict[str, Any]
         if kind == "reasoning":
             item = {"id": new_id("rs"), "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
             part = {"type": "reasoning_text", "text": ""}

@@ -89,6 +89,10 @@ class Answer:
             interruption=service.interruption(ask),
         )
         self.ticket: Ticket = service.scheduler.submit(request, self._notify)
+        self._logged: list[int] | None = None
+        if service.settings.log_prompts:
+            self._logged = []
+            log.info("prompt: %r", service.model.tokenizer.decode(ask.prompt, skip_special=False))
 
     @property
     def prompt_tokens(self) -> int:
@@ -138,6 +142,8 @@ class Answer:
                 if tokens or ended:
                     self._beat_due = False
                     events = parser.push(tokens)
+                    if self._logged is not None:
+                        self._logged += [token.id for token in tokens]
                     if ended and ticket.error is None:
                         events += parser.flush()
                     yield Batch(events, tokens)
@@ -154,6 +160,8 @@ class Answer:
             self._beat_timer.cancel()
             ticket.cancel()
             self._service.metrics.observe(self)
+            if self._logged is not None:
+                log.info("answer: %r", self._service.model.tokenizer.decode(self._logged, skip_special=False))
 
     def _notify(self) -> None:
         """Called from the scheduler's thread."""

@@ -106,7 +106,7 @@ class Tokenizer:
         """
         if (added := self._added.get(token)) is not None:
             return b"" if added.special and skip_special else added.content.encode()
-        symbols = self._library.id_to_token(token) if token >= 0 else None
+        symbols = self._library.id_to_token(token) if 0 <= token < self.size else None
         if symbols is None:
             raise InvalidRequest(f"token id {token} is not in the vocabulary of {self.size} tokens")
         return bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols)

@@ -97,7 +97,7 @@ class ToolCallParser:
             self._end_call(complete=True)  # all parameters are there, only closing tags are not
         elif self._state == self._body and CALL_END.startswith(self._held.strip()):
             self._end_call(complete=True)
-        elif self._state in (self._body, self._string, self._other):
+        elif self._state in (self._body, self._string, self._other, self._skipped):
             self._finish_value_at_the_end()
         self._held = ""
         self._state = self._text
@@ -208,33 +208,41 @@ class ToolCallParser:
 
     def _string(self) -> bool:
         """The value of a string parameter: given out as it comes."""
-        end = VALUE_END.search(self._held)
-        if end:
-            self._give_string(self._held[: end.start()])
+        value, ended = self._value_so_far()
+        self._give_string(value)
+        if ended:
             self._events.append(CallArguments('"'))
-            self._held = self._held[end.end() :]
             self._state = self._body
-            return True
-        keep = len(self._held) - self._first_possible_end()
-        final = self._held[: len(self._held) - keep]
-        self._give_string(final)
-        self._held = self._held[len(final) :]
-        return False
+        return ended
 
     def _other(self) -> bool:
         """The value of any other parameter: given out when it is whole."""
+        value, ended = self._value_so_far()
+        self._value.append(value)
+        if ended:
+            self._events.append(CallArguments(self._as_json("".join(self._value).removeprefix("\n"))))
+            self._state = self._body
+        return ended
+
+    def _skipped(self) -> bool:
+        """A value that nobody gets."""
+        _, ended = self._value_so_far()
+        if ended:
+            self._state = self._body
+        return ended
+
+    def _value_so_far(self) -> tuple[str, bool]:
+        """Takes (the part of the value that is certain, whether it is the last)."""
         end = VALUE_END.search(self._held)
-        if not end:
-            return False
-        self._events.append(CallArguments(self._as_json(self._held[: end.start()].removeprefix("\n"))))
-        self._held = self._held[end.end() :]
-        self._state = self._body
-        return True
+        at = end.start() if end else self._first_possible_end()
+        value = self._held[:at]
+        self._held = self._held[end.end() if end else at :]
+        return value, end is not None
 
     def _first_possible_end(self) -> int:
         """Where in the text held an end of the value might begin."""
-        for match in re.finditer(r"\n?</parameter>\s*", self._held):
-            rest = self._held[match.end() :]
+        for match in re.finditer(r"\n?</parameter>", self._held):
+            rest = self._held[match.end() :].lstrip()
             if any(tag.startswith(rest) for tag in (PARAMETER, FUNCTION_END, CALL_END)):
                 return match.start()
         tail = max(overlap(self._held, "\n" + PARAMETER_END), overlap(self._held, PARAMETER_END))
@@ -253,14 +261,8 @@ class ToolCallParser:
         if self._kind == STRING:
             self._events.append(CallArguments('"'))
             self._at_start = True
+        self._value = []
         self._state = self._string if self._kind == STRING else self._other
-
-    def _skipped(self) -> bool:
-        end = VALUE_END.search(self._held)
-        if end:
-            self._held = self._held[end.end() :]
-            self._state = self._body
-        return end is not None
 
     def _give_text(self, text: str) -> None:
         if text:
@@ -276,12 +278,13 @@ class ToolCallParser:
         """A value that need not be a string. What is no JSON is taken as a string."""
         plain = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text.strip())
         try:
-            value = json.loads(plain, parse_constant=_no_constant)
+            value = json.loads(plain)
+            written = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except ValueError:
             return json.dumps(text, ensure_ascii=False)
         if self._kind == EITHER and isinstance(value, str):
             return json.dumps(text, ensure_ascii=False)  # quotes are part of a plain string
-        return json.dumps(value, ensure_ascii=False)
+        return written
 
     def _end_call(self, complete: bool) -> None:
         if complete:
@@ -290,17 +293,14 @@ class ToolCallParser:
 
     def _finish_value_at_the_end(self) -> None:
         closed = re.fullmatch(r"(?s)(.*?)\n?</parameter>\s*", self._held)
-        if self._state != self._body and closed:
-            if self._state == self._string:
-                self._give_string(closed[1])
-                self._events.append(CallArguments('"'))
-            else:
-                self._events.append(CallArguments(self._as_json(closed[1].removeprefix("\n"))))
-            self._end_call(complete=True)
-            return
-        if self._state == self._string:
+        if closed and self._state == self._string:
+            self._give_string(closed[1])
+            self._events.append(CallArguments('"'))
+        elif closed and self._state == self._other:
+            self._events.append(CallArguments(self._as_json("".join([*self._value, closed[1]]).removeprefix("\n"))))
+        elif self._state == self._string:
             self._give_string(self._held)
-        self._end_call(complete=False)
+        self._end_call(complete=closed is not None and self._state in (self._string, self._other))
 
     def _finish_json_call(self, body: str) -> None:
         try:
@@ -348,7 +348,3 @@ def _kind(schema: Any, root: Mapping[str, Any], depth: int) -> str:
 def _signature(tool: Mapping[str, Any]) -> tuple[str, Any]:
     function = tool.get("function", tool)
     return str(function.get("name", "")), function.get("parameters") or {}
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

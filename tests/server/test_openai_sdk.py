@@ -167,7 +167,7 @@ def test_a_stop_string_ends_the_answer_before_it(client: OpenAI) -> None:
 def test_completions_stream_and_echo(client: OpenAI) -> None:
     whole = client.completions.create(model="any", prompt="import ", max_tokens=8, logprobs=2)
     # Not strictly: OpenAI's own chunks have no finish_reason before the last, which its package does not foresee here.
-    lenient = client.copy(_strict_response_validation=False)
+    lenient = OpenAI(base_url=client.base_url, api_key=KEY)
     chunks = list(lenient.completions.create(model="any", prompt="import ", max_tokens=8, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert whole.choices[0].logprobs is not None

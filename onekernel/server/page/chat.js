@@ -235,7 +235,7 @@ async function describe() {
     model = models?.data?.[0]?.id ?? model;
     $("model").textContent = props?.model_alias ?? model ?? "onekernel";
     const context = props?.default_generation_settings?.n_ctx;
-    const parts = [props?.device, context && `${context.toLocaleString("en")} tokens of context`];
+    const parts = [props?.device, context && `context ${context.toLocaleString("en")}`];
     $("device").textContent = parts.filter(Boolean).join(" · ");
     document.title = model ? `${$("model").textContent} – onekernel` : "onekernel";
   } catch {

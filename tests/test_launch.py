@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -123,6 +125,7 @@ def test_codex_reads_its_catalogue(tmp_path: Path) -> None:
     [entry] = json.loads(setup.files["catalogue.json"])["models"]
     assert entry["slug"] == config["model"]
     assert entry["context_window"] == SERVER.context
+    assert config["features"]["daemon_auto_start"] is False
 
 
 def test_accounts_of_the_user_are_not_passed_on(tmp_path: Path) -> None:
@@ -168,6 +171,22 @@ def test_launch_without_arguments_starts_the_usual_way(listed, installed: Path) 
     assert report["arguments"] == []
     assert '"api_key": "good"' in report["files"]["config.yaml"]
     assert seen == ["Bearer good"]
+
+
+def test_sigterm_ends_the_client_and_removes_its_configuration(listed, installed: Path, tmp_path: Path) -> None:
+    address, _, _ = listed
+    started = tmp_path / "started"
+    waits = f"#!/bin/sh\ntrap 'exit 9' TERM\necho $CODEX_HOME > {started}\nwhile true; do /bin/sleep 0.05; done\n"
+    (tmp_path / "bin" / "codex").write_text(waits)
+    command = [sys.executable, "-m", "onekernel", "launch", "codex", "--url", address]
+    with subprocess.Popen(command) as process:
+        end = time.monotonic() + 20
+        while not (started.exists() and started.read_text().strip()):
+            assert time.monotonic() < end, "the client did not start"
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 9
+    assert not Path(started.read_text().strip()).exists()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def codex(server: Server, folder: Path) -> Setup:
     }
     tables: dict[str, dict[str, object]] = {
         "analytics": {"enabled": False},
+        "features": {"daemon_auto_start": False},  # a background server would outlive its configuration
         f"model_providers.{PROVIDER}": {
             "name": PROVIDER,
             "base_url": server.openai_url,
@@ -84,7 +85,12 @@ def claude(server: Server, folder: Path) -> Setup:
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
         "API_TIMEOUT_MS": str(PATIENCE_MS),
     }
-    return Setup(environment, {".claude.json": _json({"hasCompletedOnboarding": True})})
+    files = {
+        ".claude.json": _json({"hasCompletedOnboarding": True}),
+        # Otherwise it registers itself with the user's desktop as the handler of its links.
+        "settings.json": _json({"disableDeepLinkRegistration": "disable"}),
+    }
+    return Setup(environment, files)
 
 
 def opencode(server: Server, folder: Path) -> Setup:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from onekernel.errors import InvalidRequest, OnekernelError
 from onekernel.launch.client import Client, Server, Setup
 from onekernel.launch.clients import CLIENTS
 
+REMOVALS, REMOVAL_S = 10, 0.05  # tries to remove the configuration, and seconds between them
 NO_PROXY = "127.0.0.1,localhost,::1"
 
 
@@ -51,8 +53,7 @@ def run(name: str, server: Server, arguments: Sequence[str] = ()) -> int:
         command = [executable, *(arguments or client.arguments)]
         code = _wait(subprocess.Popen(command, env=environment(client, setup, os.environ)))
     finally:
-        # A client may leave a process behind that still writes there for a moment; what is left is only a cache.
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     return 128 - code if code < 0 else code
 
 
@@ -74,6 +75,15 @@ def _parent() -> Path:
     parent = base / "onekernel" / "launch"
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return parent
+
+
+def _remove(folder: Path) -> None:
+    """Also while a process that the client left behind (an update, an installation) still writes there for a moment."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(REMOVAL_S)
+        if not folder.exists():
+            return
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

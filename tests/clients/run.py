@@ -6,8 +6,8 @@
 Each client is installed on first use, in the version that is written below, from the npm registry or PyPI, into a
 folder of its own (--prefix). It is started by `onekernel launch`, with an empty environment, a home of its own and a
 time limit, and everything it sends goes through a recorder to the server on the loopback interface. Of each run is
-asserted: the exit code, the file that the tool call makes, the answer, and the number of requests. Needs Linux, npm,
-and 3 GB of disk (Open WebUI alone 1.6 GB).
+asserted: the exit code, the file that the tool call makes, the answer, the number of requests, and that nothing is left
+in the home. Needs Linux, npm, and 4 GB of disk (Open WebUI alone 1.6 GB).
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def run(name: str, paths: list[Path], prefix: Path, record: bool) -> float:
             seconds = time.monotonic() - began
             recorder.close()
         _check(name, output, made, recorder)
+        _check_left(home, work)
         if record:
             write_fixture(name, REAL[name].package, recorder.requests, {str(home): "/home/user"})
         return seconds
@@ -211,6 +212,13 @@ def _check(name: str, output: str, made: Path, recorder: Recorder) -> None:
         raise Failed(f"the answer {DONE!r} is not in the output\n{told}")
     if len(posts) != REAL[name].posts:
         raise Failed(f"{len(posts)} posts instead of {REAL[name].posts}\n{told}")
+
+
+def _check_left(home: Path, work: Path) -> None:
+    """The user's home is as it was: no configuration, no session, no cache."""
+    left = [path for path in home.rglob("*") if path.is_file() and path.parent != home and work not in path.parents]
+    if left:
+        raise Failed(f"files were left in the home: {', '.join(str(path.relative_to(home)) for path in left[:5])}")
 
 
 @contextmanager

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onekernel.probe.run import Result
 
 SUMMARY = "check a server's conformance to OpenAI's and Anthropic's APIs"
 EXAMPLES = (
@@ -32,18 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from onekernel.probe.run import run as probe
 
-    report = probe(
-        arguments.url, key=arguments.key, model=arguments.model, only=arguments.only, timeout_s=arguments.timeout
-    )
+    options = {"key": arguments.key, "model": arguments.model, "only": arguments.only, "timeout_s": arguments.timeout}
     if arguments.json:
+        report = probe(arguments.url, **options)
         print(json.dumps(report.as_json(), indent=2))
-        return report.exit_code
-    print(f"{report.url}, model {report.model}")
-    for result in report.results:
-        print(
-            f"{MARKS[result.status]:<7} {result.name:<22} {result.seconds:6.2f} s  {'; '.join(result.notes)}".rstrip()
-        )
-        for sentence in result.faults:
-            print(f"        {'':<22}           {sentence}")
-    print(report.summary)
+    else:
+        report = probe(arguments.url, **options, begin=_print_server, each=_print_result)
+        print(report.summary)
     return report.exit_code
+
+
+def _print_server(url: str, model: str) -> None:
+    print(f"{url}, model {model}", flush=True)
+
+
+def _print_result(result: Result) -> None:
+    notes = "; ".join(result.notes)
+    print(f"{MARKS[result.status]:<7} {result.name:<22} {result.seconds:6.2f} s  {notes}".rstrip(), flush=True)
+    for sentence in result.faults:
+        print(f"{'':<7} {sentence}", flush=True)

@@ -86,6 +86,8 @@ def run(
     model: str | None = None,
     only: Sequence[str] | None = None,
     timeout_s: float = 60.0,
+    begin: Callable[[str, str], None] = lambda url, model: None,
+    each: Callable[[Result], None] = lambda result: None,
 ) -> Report:
     """Check a server.
 
@@ -95,6 +97,8 @@ def run(
         model: the id to ask for; None takes the first that the server lists.
         only: beginnings of the names of the checks to do; None does all. What is absent of these is a fault.
         timeout_s: longest silence of the server.
+        begin: called with the address and the model before the first check.
+        each: called with the result of each check as it ends.
 
     Raises:
         InvalidRequest: no check begins with a name in `only`.
@@ -106,11 +110,15 @@ def run(
             raise InvalidRequest(f"no check begins with {beginning!r}: there are {', '.join(CHECKS)}")
     server = ask(url, key, model)
     target = Target(server.url, server.model, key, timeout_s)
+    begin(server.url, server.model)
+    results = []
     try:
-        results = tuple(_check(name, target, only is not None) for name in chosen)
+        for name in chosen:
+            results.append(_check(name, target, only is not None))
+            each(results[-1])
     finally:
         target.close()
-    return Report(server.url, server.model, results)
+    return Report(server.url, server.model, tuple(results))
 
 
 def _check(name: str, target: Target, wanted: bool) -> Result:

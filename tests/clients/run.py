@@ -162,8 +162,9 @@ def run(name: str, paths: list[Path], prefix: Path, record: bool) -> float:
                 "PATH": os.pathsep.join([*map(str, paths), "/usr/local/bin", "/usr/bin", "/bin"]),
                 "LANG": "C.UTF-8",
                 "PYTHONPATH": str(ROOT),
-                # OpenCode installs types for plugins when it starts; nothing but the server is to be asked here.
+                # OpenCode and Hermes install more when they start; nothing but the server is to be asked here.
                 "npm_config_registry": "http://127.0.0.1:9",
+                "PIP_NO_INDEX": "1",
             }
             began = time.monotonic()
             launch = [sys.executable, "-m", "onekernel", "launch", name, "--url", recorder.url, "--"]

@@ -13,7 +13,7 @@ from onekernel.api import Model
 from onekernel.errors import OnekernelError
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.scheduler import Interruption, Request, Scheduler, ShuttingDown, Ticket
-from onekernel.server.energy import find_meter
+from onekernel.server.device import device_name, find_meter
 from onekernel.server.errors import ContextOverflow
 from onekernel.server.metrics import Metrics
 from onekernel.server.settings import Settings
@@ -194,7 +194,7 @@ class Service:
         self.metrics = Metrics(self.scheduler, find_meter(model.engine.name))
         self.end_tokens = model.stop_tokens
         self.started_at = time.time()
-        self.device = "CPU" if model.engine.name != "cuda" else "GPU"
+        self.device = device_name(model.engine.name)
         self._turn_start = model.tokenizer.token_id(TURN_START)
         self._think_end = model.tokenizer.token_id(THINK_END)
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import ServerThread
 
 from onekernel.scheduler import Scheduler
-from onekernel.server.energy import find_meter
+from onekernel.server.device import find_meter
 from onekernel.server.metrics import Metrics
 
 MESSAGES = [{"role": "system", "content": "word " * 60}, {"role": "user", "content": "hi"}]

@@ -1,9 +1,10 @@
-"""Energy that the device has taken since the server started, where the machine tells."""
+"""The device that runs the model: its name, and the energy that it takes, where the machine tells."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,20 @@ from onekernel.errors import OnekernelError
 
 POWERCAP = Path("/sys/class/powercap")
 PACKAGES = "intel-rapl:?"  # one a CPU package, on AMD too
+
+
+def device_name(backend: str) -> str:
+    """For people: the name of the GPU, or of the CPU."""
+    if backend == "cuda":
+        from onekernel.gpu.device import find_gpu
+
+        return str(find_gpu().name)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def find_meter(backend: str, powercap: Path = POWERCAP) -> Callable[[], float] | None:

@@ -16,13 +16,12 @@ from onekernel.gpu import parameters, tape
 from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import check
 from onekernel.gpu.kernel import DecodeKernel
-from onekernel.gpu.layout import MOST_STOP_TOKENS, OUTPUT_RING, DecodeArguments, Layout
+from onekernel.gpu.layout import MARKS_OF_A_BLOCK, MOST_STOP_TOKENS, OUTPUT_RING, PHASES, DecodeArguments, Layout
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory, copy_rows
 
 MOST_GIVEN = 4096  # tokens of a prompt in one launch
 FIRST_CAPACITY = 4096  # positions that a new state's KV cache has room for
 SPIN_LIMIT = 2_000_000_000  # nanoseconds
-PHASES = ("", "weights", "free place for weights", "layer input", "delta rule", "attention", "merging attention", "token")
 CONSUMED, REPORT, CANCEL = OUTPUT_RING, OUTPUT_RING + 1, OUTPUT_RING + 2  # words of the mapped memory
 ENDED = 1 << 63
 POLL = 20e-6  # seconds
@@ -105,6 +104,7 @@ class Decoder:
         self.tokens = DeviceBuffer(4 * MOST_GIVEN)
         self.rope = DeviceBuffer(0)
         self.mapped = MappedMemory(OUTPUT_RING + 3)
+        self.timeline = DeviceBuffer(8 * layout.blocks * MARKS_OF_A_BLOCK if layout.timeline else 0)
         self._running = False
         self._failure: str | None = None
 
@@ -241,6 +241,7 @@ class Decoder:
             consumed=self.mapped.address + 8 * CONSUMED,
             report=self.mapped.address + 8 * REPORT,
             cancel=self.mapped.address + 8 * CANCEL,
+            timeline=self.timeline.address,
             spin_limit=self.spin_limit,
             steps=steps,
             given=len(tokens),
@@ -289,7 +290,7 @@ class Decoder:
         self._running = False
         report = int(self.mapped.words[REPORT])
         if report:
-            where = f"waiting for {PHASES[report >> 48 & 0x7FFF]} in layer {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF}"
+            where = f"waiting for {list(PHASES.values())[report >> 48 & 0x7FFF]} in layer {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF}"
             self._failure = f"the decode kernel stopped itself: {where} took more than {self.spin_limit / 1e9:g} s"
         else:
             self._failure = f"the decode kernel failed ({status.name})"
@@ -301,7 +302,7 @@ class Decoder:
         for buffer in (self.tape, self.tape_offsets, self.head_offsets, self.embedding, self.parameters, self.exchange):
             if buffer:
                 buffer.free()
-        for buffer in (self.candidates, self.last_logits, self.tokens, self.rope):
+        for buffer in (self.candidates, self.last_logits, self.tokens, self.rope, self.timeline):
             buffer.free()
         self.mapped.free()
         self.kernel.unload()

@@ -9,14 +9,12 @@ from onekernel.errors import BackendError
 from onekernel.gpu.compile import compile_cached
 from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import check
-from onekernel.gpu.layout import CONSUMER_WARPS, DecodeArguments, Layout
+from onekernel.gpu.layout import DecodeArguments, Layout, enums
 from onekernel.gpu.source import assemble
-
-THREADS = (CONSUMER_WARPS + 1) * 32  # the last warp streams the weights
 
 
 def decode_source(layout: Layout) -> str:
-    return assemble("decode.cu", layout.constants(), DecodeArguments.source())
+    return assemble("decode.cu", layout.constants(), f"{enums()}\n{DecodeArguments.source()}")
 
 
 class DecodeKernel:
@@ -33,14 +31,12 @@ class DecodeKernel:
         self.blocks = layout.blocks
         self._module = check(driver.cuModuleLoadData(compile_cached(decode_source(layout), gpu.arch, "decode")))
         self._function = check(driver.cuModuleGetFunction(self._module, b"decode"))
-        address, size = check(driver.cuModuleGetGlobal(self._module, b"shared_bytes"))
-        value = ctypes.c_int()
-        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
-        self.shared_bytes = value.value
+        self.shared_bytes = self._constant(b"shared_bytes")
+        self.threads = self._constant(b"threads")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self._function, attribute, self.shared_bytes))
         resident = check(
-            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, THREADS, self.shared_bytes)
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, self.threads, self.shared_bytes)
         )
         if resident * gpu.sm_count < self.blocks:
             raise BackendError(
@@ -55,9 +51,18 @@ class DecodeKernel:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         check(
             driver.cuLaunchCooperativeKernel(
-                self._function, self.blocks, 1, 1, THREADS, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers)
+                self._function, self.blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers)
             )
         )
+
+    def _constant(self, name: bytes) -> int:
+        """A number that the kernel's source defines."""
+        from cuda.bindings import driver
+
+        address, size = check(driver.cuModuleGetGlobal(self._module, name))
+        value = ctypes.c_int()
+        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
+        return value.value
 
     def unload(self) -> None:
         from cuda.bindings import driver

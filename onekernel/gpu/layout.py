@@ -19,6 +19,7 @@ TILES_PER_STAGE = 4  # of each warp
 STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * TILE_BYTES
 BATCH_GROUPS = 16  # row groups summed behind one barrier
 MOST_STAGES = 12
+MOST_TILES_IN_REGISTERS = 16  # of a warp's slice of the input vector; longer ones are read from shared memory
 OUTPUT_RING = 1024  # tokens that one launch may make
 MOST_STOP_TOKENS = 8
 MOST_SPLITS = 64  # parts of the context that attention is split into
@@ -35,6 +36,7 @@ class Layout:
     ring_stages: int
     layer_stages_in_flight: int = 2
     head_stages_in_flight: int = 8
+    timeline: bool = False  # the kernel records when each block passes each phase
 
     @classmethod
     def plan(cls, shape: Shape, vocabulary_size: int, sm_count: int, shared_memory: int) -> Layout:
@@ -94,6 +96,7 @@ class Layout:
             "CONSUMER_WARPS": CONSUMER_WARPS,
             "TILES_PER_STAGE": TILES_PER_STAGE,
             "BATCH_GROUPS": BATCH_GROUPS,
+            "MOST_TILES_IN_REGISTERS": MOST_TILES_IN_REGISTERS,
             "RING_STAGES": self.ring_stages,
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 1),
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
@@ -103,6 +106,8 @@ class Layout:
             "BLOCKS": self.blocks,
             "MAX_SPLITS": self.splits,
             "OUTPUT_RING": OUTPUT_RING,
+            "TIMELINE": self.timeline,
+            "MARKS_OF_A_BLOCK": MARKS_OF_A_BLOCK,
         }
 
     @property
@@ -164,6 +169,29 @@ def _blocks(shape: Shape, sm_count: int) -> int:
     return min(range(most, shape.kv_heads - 1, -1), key=longest)
 
 
+# Where a thread can be; the report of a wait that ran out names it.
+PHASES = {
+    "NONE": "",
+    "RING_EMPTY": "a free place for weights",
+    "INPUT": "the input of a layer",
+    "DELTA_RULE": "the delta rule",
+    "ATTENTION": "attention",
+    "MERGE": "the parts of attention",
+    "TOKEN": "the token",
+}
+# Moments that the timeline records (primitive/timeline.cuh).
+MARKS = ("TOKEN", "RECEIVED", "MULTIPLIED", "SUMMED", "PUBLISHED", "ATTENDED", "HEAD")
+MARKS_OF_A_BLOCK = 4096
+
+
+def enums() -> str:
+    """The names above, for the kernel."""
+    return "\n".join(
+        f"enum {kind} : unsigned int {{ {', '.join(f'{kind.upper()}_{name}' for name in names)} }};"
+        for kind, names in (("Phase", PHASES), ("Mark", MARKS))
+    )
+
+
 class DecodeArguments(ctypes.Structure):
     """The arguments of the decode kernel. Pointers are device addresses; those marked host are of mapped memory."""
 
@@ -183,6 +211,7 @@ class DecodeArguments(ctypes.Structure):
         ("unsigned long long*", "consumed"),  # host: 1 << 63 | steps that ran, at the end
         ("unsigned long long*", "report"),  # host: where a wait ran out
         ("const unsigned int*", "cancel"),  # host: not 0 to stop after the current token
+        ("unsigned long long*", "timeline"),  # [BLOCKS, MARKS_OF_A_BLOCK], if TIMELINE
         ("unsigned long long", "spin_limit"),  # nanoseconds that one wait may last
         ("int", "steps"),  # tokens to consume at most
         ("int", "given"),  # of them from `tokens`; the others are sampled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ class DeviceBuffer:
             driver.cuMemFree(pointer)  # unchecked: a context that has failed cannot free, and need not
 
     def __del__(self) -> None:
-        self.free()
+        if not sys.is_finalizing():  # the process's end frees it anyway, and nothing can be imported any more
+            self.free()
 
 
 def copy_rows(source: int, source_pitch: int, target: int, target_pitch: int, width: int, rows: int) -> None:

@@ -1,9 +1,9 @@
 """The tape: all weight matrices as 16-bit numbers, in the exact order in which each block of the kernel reads them.
 
 A matrix [rows, columns] is cut into groups of 8 rows, and block b owns groups G b / BLOCKS up to G (b + 1) / BLOCKS. Each
-of the 8 warps multiplies its eighth of the columns, in tiles of 8 rows x 32 columns (512 bytes). What a block owns of a
-matrix is stored in stages of 4 tiles a warp, as [warp][tile][lane][16 bytes], where lane 4 r + c has row r and columns
-8 c to 8 c + 7; the last stage of a matrix may be shorter.
+of the 8 warps multiplies its eighth of the columns, in tiles of 8 rows x 32 columns (512 bytes). A group is stored in
+stages of 4 tiles a warp, as [warp][tile][lane][16 bytes], where lane 4 r + c has row r and columns 8 c to 8 c + 7; the
+last stage of a group may be shorter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from onekernel.checkpoint.shape import FULL, Shape
 from onekernel.checkpoint.weights import Weights
-from onekernel.gpu.layout import CONSUMER_WARPS, ROW_GROUP, STAGE_BYTES, TILE_BYTES, TILE_COLUMNS, TILES_PER_STAGE, first_group
+from onekernel.gpu.layout import CONSUMER_WARPS, ROW_GROUP, TILE_BYTES, TILE_COLUMNS, TILES_PER_STAGE, first_group
 
 LANE_BYTES = 16
 Bits = np.ndarray  # uint16: bf16 or fp16
@@ -78,11 +78,10 @@ def pack(weights: Weights, shape: Shape, blocks: int, half: bool) -> Iterator[tu
     for matrix in matrices(shape):
         bits = rows_of(weights, matrix, half)
         packed = pack_matrix(bits)
-        tiles = matrix.columns // CONSUMER_WARPS // TILE_COLUMNS
         for block in range(blocks):
             first, end = (first_group(len(packed), b, blocks) for b in (block, block + 1))
             if first < end:
-                piece = _stages(packed[first:end].reshape((end - first) * tiles, CONSUMER_WARPS, TILE_BYTES))
+                piece = packed[first:end].reshape(-1)
                 yield int(at[block]), piece
                 at[block] += piece.nbytes
 
@@ -100,21 +99,18 @@ def rows_of(weights: Weights, matrix: Matrix, half: bool) -> Bits:
 
 
 def pack_matrix(bits: Bits) -> np.ndarray:
-    """uint8 [groups, tiles of a warp, warps, 512] of uint16 [rows, columns]."""
+    """uint8 [groups, bytes of a group] of uint16 [rows, columns]."""
     rows, columns = bits.shape
-    tiles = columns // CONSUMER_WARPS // TILE_COLUMNS
+    groups, tiles = rows // ROW_GROUP, columns // CONSUMER_WARPS // TILE_COLUMNS
     lanes = TILE_COLUMNS * 2 // LANE_BYTES
     chunks = np.ascontiguousarray(bits).view("V16")  # 8 columns at a time
-    chunks = chunks.reshape(rows // ROW_GROUP, ROW_GROUP, CONSUMER_WARPS, tiles, lanes).transpose(0, 3, 2, 1, 4)
-    return np.ascontiguousarray(chunks).view(np.uint8).reshape(rows // ROW_GROUP, tiles, CONSUMER_WARPS, TILE_BYTES)
-
-
-def _stages(tiles: np.ndarray) -> np.ndarray:
-    """Bring tiles [n, warps, 512] into the order of stages: in each, warp after warp."""
-    whole = len(tiles) // TILES_PER_STAGE * TILES_PER_STAGE
-    stages = tiles[:whole].reshape(-1, TILES_PER_STAGE, CONSUMER_WARPS, TILE_BYTES).transpose(0, 2, 1, 3)
-    rest = tiles[whole:].transpose(1, 0, 2)
-    return np.concatenate([stages.reshape(-1), rest.reshape(-1)])
+    chunks = chunks.reshape(groups, ROW_GROUP, CONSUMER_WARPS, tiles, lanes)
+    packed = np.empty((groups, columns * ROW_GROUP * 2 // LANE_BYTES), "V16")
+    for start in range(0, tiles, TILES_PER_STAGE):
+        stage = chunks[:, :, :, start : start + TILES_PER_STAGE].transpose(0, 2, 3, 1, 4)
+        at = start * CONSUMER_WARPS * TILE_BYTES // LANE_BYTES
+        packed[:, at : at + stage[0].size] = stage.reshape(groups, -1)
+    return packed.view(np.uint8)
 
 
 def _share_bytes(matrix: Matrix, blocks: int) -> np.ndarray:

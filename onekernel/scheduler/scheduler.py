@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections import deque
@@ -140,8 +139,8 @@ class Scheduler:
             )
         if request.max_tokens is not None and request.max_tokens < 1:
             raise InvalidRequest(f"max_tokens = {request.max_tokens} must be at least 1")
-        for token in request.prompt:
-            if not 0 <= operator.index(token) < vocabulary:
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < vocabulary:
                 raise InvalidRequest(f"token id {token} is outside the vocabulary of {vocabulary} tokens")
 
     def _retry_after_s(self) -> int:

@@ -20,10 +20,10 @@ from onekernel.scheduler.prefix_cache import PrefixCache
 from onekernel.scheduler.request import Ticket
 
 SLICE_TOKENS = 8  # of one slice while others wait for theirs
-ALONE_TOKENS = 64  # of one slice otherwise: each costs the engine a new start
-SLICE_S = 0.05  # slices are shorter than that in tokens where tokens take long
+SLICE_S = 0.05  # fewer, where tokens take long
+ALONE_TOKENS = 256  # while nobody waits: each slice costs the engine a new start. It ends when somebody comes.
 PREFILL_S = 0.25
-PREFILL_TOKENS = (32, 512)  # least and most of one slice
+PREFILL_TOKENS = (32, 2048)  # least and most of one slice
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
 
 
@@ -141,7 +141,7 @@ class TimeSlices:
         room = self._engine.max_context - len(session)
         left = room if request.max_tokens is None else min(request.max_tokens - turn.generated, room)
         alone = len(self.running) == 1 and not self._others_wait()
-        count = min(left, max(1, min(int(SLICE_S / self._token_s), ALONE_TOKENS if alone else SLICE_TOKENS)))
+        count = min(left, ALONE_TOKENS if alone else max(1, min(int(SLICE_S / self._token_s), SLICE_TOKENS)))
         if turn.in_first_part and request.interruption is not None:
             count = min(count, max(1, request.interruption.after - turn.generated))
         stream = session.stream(request.sampling, count, request.stop_tokens, request.constraint, turn.generated)
@@ -149,7 +149,7 @@ class TimeSlices:
         with closing(stream):
             for token in stream:
                 self._push(turn, token)
-                if ticket.cancelled:
+                if ticket.cancelled or (alone and self._others_wait()):
                     break
         made = turn.generated - before
         if before and made:  # the first slice reads the rest of the prompt, too

@@ -11,7 +11,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from onekernel.server.errors import RequestError
 
-T = TypeVar("T")
 IGNORED = "x-onekernel-ignored"  # names the fields of the request that had no effect
 MOST_IGNORED = 32
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -19,6 +18,9 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 class Fields(msgspec.Struct, kw_only=True):
     """Base of the fields of an API. Unknown ones are accepted (clients send many) and named in the header above."""
+
+
+T = TypeVar("T", bound=Fields)
 
 
 async def read(request: Request, kind: type[T]) -> tuple[T, dict[str, str]]:
@@ -41,7 +43,8 @@ async def read(request: Request, kind: type[T]) -> tuple[T, dict[str, str]]:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object")
-    return convert(raw, kind), _ignored([name for name in raw if name not in known_fields(kind)])
+    known = frozenset(kind.__struct_encode_fields__)
+    return convert(raw, kind), _ignored([name for name in raw if name not in known])
 
 
 def convert(raw: Any, kind: type[T]) -> T:
@@ -56,10 +59,6 @@ def convert(raw: Any, kind: type[T]) -> T:
         raise RequestError(f"{field + ': ' if field else ''}{message}", parameter=field) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
-
-
-def known_fields(kind: type) -> frozenset[str]:
-    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
 
 
 def unsupported(name: str, why: str) -> RequestError:

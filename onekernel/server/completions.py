@@ -15,7 +15,8 @@ from onekernel.errors import OnekernelError
 from onekernel.sampling.params import SampledToken
 from onekernel.server import body, chat_completions, options
 from onekernel.server.body import Fields
-from onekernel.server.chat_completions import HEARTBEAT, StreamOptions
+from onekernel.server.chat_completions import StreamOptions
+from onekernel.server.chat_reply import HEARTBEAT
 from onekernel.server.errors import RequestError, as_request_error, openai_body
 from onekernel.server.logprobs import finite, token_bytes
 from onekernel.server.merge import merged

@@ -94,6 +94,7 @@ async def to_ask(service: Service, fields: MessageFields) -> Ask:
         thinking=inside,
         thinking_tokens=thinking.tokens,
         tools=choice.tools if choice.choice != options.NONE else None,
+        several_calls=choice.several,
         grammar=grammar or options.tool_grammar(service, choice),
     )
 

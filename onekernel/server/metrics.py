@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from onekernel.scheduler import Scheduler
 
@@ -21,9 +23,11 @@ REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 class Metrics:
     """Of one server; a registry of its own, so that several servers can live in one process."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, joules: Callable[[], float] | None = None) -> None:
+        """Args:
+        joules: what the device has taken so far; None: nothing tells.
+        """
         self._registry = registry = CollectorRegistry()
-        self._scheduler = scheduler
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"onekernel_{name}", text, labels, registry=registry)
@@ -47,6 +51,8 @@ class Metrics:
             ("prefix_cache_bytes", "Bytes of these snapshots", lambda: scheduler.cache.used),
         ):
             Gauge(f"onekernel_{name}", text, registry=registry).set_function(value)
+        if joules is not None:
+            registry.register(_Energy(joules))
 
     def refused(self) -> None:
         self._refused.inc()
@@ -69,3 +75,15 @@ class Metrics:
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Energy(Collector):
+    """A counter that is read when it is asked for."""
+
+    def __init__(self, joules: Callable[[], float]) -> None:
+        self._joules = joules
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(
+            "onekernel_energy_joules", "Energy of the device since the server started", value=self._joules()
+        )

@@ -108,6 +108,7 @@ async def to_ask(service: Service, fields: ResponseFields, tools: responses_inpu
         thinking=inside,
         thinking_tokens=thinking.tokens,
         tools=shown,
+        several_calls=choice.several,
         grammar=grammar or options.tool_grammar(service, choice),
     )
 

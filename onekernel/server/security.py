@@ -60,7 +60,8 @@ class Guard:
         origin = headers.get("origin")
         try:
             self._check_host(headers)
-            self._check_origin(origin, headers)
+            if not _is_page(scope):  # anybody may link to it
+                self._check_origin(origin, headers)
             if scope.get("method") == "OPTIONS" and origin is not None:
                 await self._preflight(origin, headers)(scope, receive, send)
                 return
@@ -143,6 +144,11 @@ class Guard:
 def _is_open(path: str) -> bool:
     page, assets = PAGE_PATHS
     return path in (*OPEN_PATHS, page) or path.startswith(assets)
+
+
+def _is_page(scope: Scope) -> bool:
+    page, assets = PAGE_PATHS
+    return scope.get("method") == "GET" and (scope["path"] == page or scope["path"].startswith(assets))
 
 
 def _host_of(header: str) -> str:

@@ -13,6 +13,7 @@ from onekernel.api import Model
 from onekernel.errors import OnekernelError
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.scheduler import Interruption, Request, Scheduler, ShuttingDown, Ticket
+from onekernel.server.device import device_name, find_meter
 from onekernel.server.errors import ContextOverflow
 from onekernel.server.metrics import Metrics
 from onekernel.server.settings import Settings
@@ -34,6 +35,7 @@ class Ask:
         thinking: whether the prompt has opened the thinking; None: a plain text, without thinking.
         thinking_tokens: most tokens of the thinking; None: no limit.
         tools: those that may be called; None: none, and what looks like a call is text.
+        several_calls: whether the answer may hold more than one call.
         grammar: what the answer (after the thinking) is held to.
         ignore_eos: end tokens do not end the answer.
     """
@@ -45,6 +47,7 @@ class Ask:
     thinking: bool | None = None
     thinking_tokens: int | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    several_calls: bool = True
     grammar: Compiled | None = None
     ignore_eos: bool = False
 
@@ -75,6 +78,7 @@ class Answer:
             end_tokens=end_tokens,
             thinking=ask.thinking,
             tools=ask.tools,
+            several_calls=ask.several_calls,
         )
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
@@ -113,9 +117,9 @@ class Answer:
     @property
     def finish_reason(self) -> str:
         """After the end: "stop" (an end token), "stop_string", "tool_calls", "length" or "cancelled"."""
-        if self._parser.stopped:
+        if self._parser.stop_string is not None:
             return "stop_string"
-        if self._parser.calls and self.ticket.finish_reason == "stop":
+        if self._parser.calls and (self._parser.stopped or self.ticket.finish_reason == "stop"):
             return "tool_calls"
         return self.ticket.finish_reason or "cancelled"
 
@@ -187,10 +191,10 @@ class Service:
             cache_bytes=settings.cache_bytes,
         )
         self.grammars = Grammars(model.tokenizer)
-        self.metrics = Metrics(self.scheduler)
+        self.metrics = Metrics(self.scheduler, find_meter(model.engine.name))
         self.end_tokens = model.stop_tokens
         self.started_at = time.time()
-        self.device = "CPU" if model.engine.name != "cuda" else "GPU"
+        self.device = device_name(model.engine.name)
         self._turn_start = model.tokenizer.token_id(TURN_START)
         self._think_end = model.tokenizer.token_id(THINK_END)
 

@@ -28,7 +28,7 @@ class AnswerParser:
     """Feeds on the sampled tokens of one answer.
 
     Attributes:
-        stopped: a stop string was found; tokens after that are not looked at.
+        stopped: a stop string was found, or the only call is complete; what comes after that is not looked at.
         tokens: how many tokens were looked at.
         thinking_tokens: how many of them belong to the thinking.
         calls: tool calls that were begun.
@@ -42,12 +42,14 @@ class AnswerParser:
         end_tokens: frozenset[int] = frozenset(),
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        several_calls: bool = True,
     ) -> None:
         """Args:
             stop: stop strings; they count in the text, not in thinking or calls.
             end_tokens: tokens that end an answer and have no text.
             thinking: whether the prompt has opened the thinking; None: text is not searched for thinking.
             tools: those that may be called; None: text is not searched for calls.
+            several_calls: whether there may be more than one; otherwise the answer ends with the first.
 
         Raises:
             InvalidRequest: see StopStrings.
@@ -56,6 +58,7 @@ class AnswerParser:
         self.tokens = 0
         self.thinking_tokens = 0
         self.calls = 0
+        self._several_calls = several_calls
         self._end_tokens = end_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._splitter = None if thinking is None else ThinkingSplitter(thinking, calls=tools is not None)
@@ -138,6 +141,8 @@ class AnswerParser:
                 if self._stop is not None:
                     self._give(self._stop.flush(), events)
             events.append(event)
+            if isinstance(event, CallEnd) and not self._several_calls:
+                self.stopped = True
 
     def _plain(self, text: str, events: list[Event]) -> None:
         if self._stop is not None:

@@ -62,8 +62,11 @@ class Script:
         self._assistant = tokenizer.encode("<|im_start|>assistant\n")
 
     def __call__(self, consumed: Sequence[int], _: int) -> int:
-        turns = [i for i, token in enumerate(consumed) if token == self._start]
-        turns = [i for i in turns if list(consumed[i : i + len(self._assistant)]) == self._assistant]
+        turns, at = [], 0
+        for _ in range(consumed.count(self._start)):
+            at = consumed.index(self._start, at) + 1
+            if list(consumed[at - 1 : at - 1 + len(self._assistant)]) == self._assistant:
+                turns.append(at - 1)
         if not turns:
             return self._answers[0][-1]
         begin = turns[-1]

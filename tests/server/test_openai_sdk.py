@@ -34,7 +34,10 @@ TOOL: Any = {
 }
 FLAT_TOOL: Any = {"type": "function", "strict": False, **TOOL["function"]}
 MESSAGES: Any = [{"role": "user", "content": "def add(a, b):"}]
-CALL = "Sure.\n\n<tool_call>\n<function=set_light>\n<parameter=room>\nbath\n</parameter>\n<parameter=on>\ntrue\n</parameter>\n</function>\n</tool_call>"
+CALL = (
+    "Sure.\n\n<tool_call>\n<function=set_light>\n<parameter=room>\nbath\n</parameter>\n"
+    "<parameter=on>\ntrue\n</parameter>\n</function>\n</tool_call>"
+)
 PATCH = "*** Begin Patch\n+x\n*** End Patch"
 
 
@@ -113,9 +116,13 @@ def test_structured_output_is_valid_even_from_the_demo_model(client: OpenAI, see
 
 def test_a_regular_expression_holds_a_plain_completion(client: OpenAI) -> None:
     answer = client.completions.create(
-        model="any", prompt="My number is ", max_tokens=50, extra_body={"structured_outputs": {"regex": "[0-9]{3}-[a-c]+z"}},
-        temperature=2.0, seed=5,
-    )  # fmt: skip
+        model="any",
+        prompt="My number is ",
+        max_tokens=50,
+        temperature=2.0,
+        seed=5,
+        extra_body={"structured_outputs": {"regex": "[0-9]{3}-[a-c]+z"}},
+    )
     text = answer.choices[0].text
     assert text[:3].isdigit()
     assert text[3] == "-"
@@ -253,7 +260,7 @@ def test_models(client: OpenAI, demo: ServerThread) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 1}}}}, "response_format"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"reasoning_effort": "enormous"}, "reasoning_effort"),
@@ -310,6 +317,17 @@ def test_a_tool_call_reaches_the_chat_with_its_text(scripted: Callable[..., Serv
     [call] = message.tool_calls or []
     assert call.function.arguments == '{"room": "bath", "on": true}'
     assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_one_call_at_a_time_if_that_is_asked_for(scripted: Callable[..., ServerThread]) -> None:
+    server = scripted(f"{CALL}\n{CALL}")
+    with client_of(server) as client:
+        for several, count in ((True, 2), (False, 1)):
+            answer = client.chat.completions.create(
+                model="any", messages=MESSAGES, tools=[TOOL], parallel_tool_calls=several
+            )
+            assert len(answer.choices[0].message.tool_calls or []) == count
+            assert answer.choices[0].finish_reason == "tool_calls"
 
 
 def test_thinking_is_kept_apart_in_every_api(scripted: Callable[..., ServerThread]) -> None:

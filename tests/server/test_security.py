@@ -108,6 +108,8 @@ def test_other_web_pages_are_refused_and_no_cors_header_is_sent(demo: ServerThre
     assert post(demo, {"origin": demo.url}).status_code == 200
     preflight = httpx.options(f"{demo.url}/v1/chat/completions", headers={"origin": "http://evil.com"})
     assert preflight.status_code == 403
+    link = httpx.get(demo.url, headers={"sec-fetch-site": "cross-site"})  # to the page: that is allowed
+    assert link.status_code != 403
 
 
 def test_a_web_page_that_was_allowed_may_ask(scripted: Start) -> None:
@@ -149,7 +151,8 @@ def test_slow_requests_are_given_up(scripted: Start) -> None:
 
 def test_an_answer_that_nobody_reads_is_given_up(scripted: Start) -> None:
     server = scripted("word " * 20_000, stall_s=0.5)
-    body = json.dumps({**CHAT, "max_tokens": 20_000, "stream": True}).encode()
+    fields = {"max_tokens": 20_000, "stream": True, "logprobs": True, "top_logprobs": 20}  # 2 KB a token
+    body = json.dumps({**CHAT, **fields}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -172,7 +175,7 @@ def test_broken_requests_are_answered(demo: ServerThread) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/../etc/passwd", "/page/../../settings.py", "/page/%2e%2e%2fsettings.py", "/v1/models/../../etc/passwd", "/page//etc/passwd"],
+    ["/../etc/passwd", "/page/../../settings.py", "/page/%2e%2e%2fsettings.py", "/v1/models/../../x", "/page//etc"],
 )  # fmt: skip
 def test_no_path_of_a_request_opens_a_file(demo: ServerThread, path: str) -> None:
     answer = raw(demo, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())

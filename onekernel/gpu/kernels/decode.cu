@@ -10,6 +10,8 @@
 #include "layer/mlp.cuh"
 #include "layer/head.cuh"
 
+constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
+
 struct Shared {
     alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
     u64 full[RING_STAGES];
@@ -23,14 +25,17 @@ struct Shared {
     alignas(16) AttentionScratch attention;
 };
 
-extern "C" __device__ int shared_bytes = sizeof(Shared);  // the host reads this before the first launch
+// The host reads these before the first launch.
+extern "C" __device__ int shared_bytes = sizeof(Shared);
+extern "C" __device__ int threads = THREADS;
 
 // ---- producer ----
 
 struct Producer {
     Ring ring;
     const u8* source;
-    u32 stage;
+    RingPosition next, landing;  // the stage to fill, and the oldest that may still be on its way
+    u32 flying;                  // stages between the two
     Shared* shared;
     Watchdog watchdog;
     bool finished;
@@ -38,30 +43,41 @@ struct Producer {
     // Streams this block's rows of one matrix; at most `in_flight` stages are on their way at a time.
     template <int ROWS, int COLUMNS>
     __device__ __forceinline__ void matrix(u32 in_flight) {
-        constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
-        int tiles = (first_group(GROUPS, blockIdx.x + 1) - first_group(GROUPS, blockIdx.x)) * TILES;
-        for (; tiles > 0 && !finished; tiles -= TILES_PER_STAGE) {
-            u32 bytes = min(tiles, TILES_PER_STAGE) * CONSUMER_WARPS * 512;
-            while (!stage_is_empty(ring, stage)) {
-                if (shared->finished) {
-                    finished = true;
-                    return;
-                }
-                watchdog.check();
-            }
-            watchdog.spins = 0;
-#if __CUDA_ARCH__ >= 900
-            if (stage >= in_flight)
-                while (!stage_is_full(ring, stage - in_flight)) watchdog.check();
-#endif
-            fill_stage(ring, stage++, source, bytes);
-            source += bytes;
+        constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32, STAGES = (TILES + TILES_PER_STAGE - 1) / TILES_PER_STAGE;
+        constexpr int GROUPS = (ROWS + 7) / 8, LAST = TILES - (STAGES - 1) * TILES_PER_STAGE;
+        int groups = first_group(GROUPS, blockIdx.x + 1) - first_group(GROUPS, blockIdx.x);
+        for (int stages = groups * STAGES, s = 0; stages > 0 && !finished; --stages) {
+            bool last = ++s == STAGES;
+            if (last) s = 0;
+            stage(in_flight, (last ? LAST : TILES_PER_STAGE) * CONSUMER_WARPS * 512);
         }
+    }
+
+    __device__ __forceinline__ void stage(u32 in_flight, u32 bytes) {
+        while (!stage_is_empty(ring, next)) {
+            if (shared->finished) {
+                finished = true;
+                return;
+            }
+            watchdog.check();
+        }
+        watchdog.spins = 0;
+        if (LIMITS_FLIGHT && flying >= in_flight) land();
+        fill_stage(ring, next, source, bytes);
+        next.advance();
+        ++flying;
+        source += bytes;
+    }
+
+    __device__ __forceinline__ void land() {
+        wait_until_full(ring, landing, watchdog);
+        landing.advance();
+        --flying;
     }
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, 0, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
+    Producer p{ring, nullptr, {0, 0}, {0, 0}, 0, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[blockIdx.x];
         for (int layer = 0; layer < LAYERS && !p.finished; ++layer) {
@@ -77,9 +93,9 @@ __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared
         }
         if (a.all_logits || step >= a.given - 1 + a.no_head) p.matrix<VOCAB, HIDDEN>(HEAD_STAGES_IN_FLIGHT);
     }
-    finish_filling(ring, p.stage);
+    finish_filling(ring, p.next);
     // Copies must land before the block's shared memory goes away.
-    for (u32 s = p.stage > RING_STAGES ? p.stage - RING_STAGES : 0; s < p.stage; ++s) wait_until_full(ring, s, p.watchdog);
+    while (LIMITS_FLIGHT && p.flying) p.land();
 }
 
 // ---- consumers ----
@@ -92,13 +108,10 @@ __device__ __forceinline__ uint4 embedding(const DecodeArguments& a, int token, 
     int block = (int)(((long long)group * BLOCKS + BLOCKS - 1) / GROUPS);
     while (first_group(GROUPS, block) > group) --block;
     while (first_group(GROUPS, block + 1) <= group) ++block;
-    int first = first_group(GROUPS, block);
-    int tiles = (first_group(GROUPS, block + 1) - first) * TILES;
     int warp = column / (HIDDEN / CONSUMER_WARPS), inside = column % (HIDDEN / CONSUMER_WARPS);
-    int tile = (group - first) * TILES + inside / 32;
-    int stage = tile / TILES_PER_STAGE, count = min(TILES_PER_STAGE, tiles - stage * TILES_PER_STAGE);
-    long long at = a.tape_offsets[block] + a.head_offsets[block] + (long long)stage * STAGE_BYTES +
-                   ((warp * count + tile % TILES_PER_STAGE) * 32 + token % 8 * 4 + inside % 32 / 8) * 16;
+    int tile = inside / 32, stage = tile / TILES_PER_STAGE, count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
+    long long at = a.tape_offsets[block] + a.head_offsets[block] + (long long)(group - first_group(GROUPS, block)) * 16 * HIDDEN +
+                   stage * STAGE_BYTES + ((warp * count + tile % TILES_PER_STAGE) * 32 + token % 8 * 4 + inside % 32 / 8) * 16;
     return __ldg((const uint4*)(a.tape + at));
 }
 
@@ -119,8 +132,8 @@ __device__ __forceinline__ float embed(Consumer& c, const DecodeArguments& a, in
             store_activations(c, 2 * i + j, make_float4(x[4 * j] * s.x, x[4 * j + 1] * s.y, x[4 * j + 2] * s.z, x[4 * j + 3] * s.w));
         }
     }
-    int first = 8 * first_group(HIDDEN / 8, blockIdx.x), rows = 8 * first_group(HIDDEN / 8, blockIdx.x + 1) - first;
-    for (int i = threadIdx.x; i < rows / 8; i += CONSUMER_WARPS * 32) {
+    int first = 8 * first_group(HIDDEN / 8, c.block), rows = 8 * first_group(HIDDEN / 8, c.block + 1) - first;
+    for (int i = c.thread; i < rows / 8; i += CONSUMER_WARPS * 32) {
         float x[8];
         unpack8(x, embedding(a, token, first + 8 * i));
 #pragma unroll
@@ -131,16 +144,19 @@ __device__ __forceinline__ float embed(Consumer& c, const DecodeArguments& a, in
 }
 
 __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Consumer c{ring, 0, nullptr, shared.sums, shared.squares, 0, (int)threadIdx.x / 32, (int)threadIdx.x % 32, {a.report, a.spin_limit, 0, 0, 0, 0}};
-    c.activations = shared.activations + ACTIVATION_COLUMNS / CONSUMER_WARPS / 2 * c.warp;
+    Consumer c{ring, {0, 0}, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
+    c.activations = shared.activations;
+    c.locate();
     int token = 0, made = 0, step = 0;
     for (bool last = false; step < a.steps && !last; ++step) {
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        bool stop_requested = blockIdx.x == 0 && threadIdx.x == 0 && load_host(a.cancel) != 0;
+        bool stop_requested = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0;
 
-        c.watchdog.enter(PHASE_INPUT, 0);
+        c.enter(PHASE_INPUT, 0);
+        c.timeline.start_token(a.timeline, c.block);
+        c.mark(MARK_TOKEN);
         float squares = embed(c, a, token, shared.residual);
         for (int layer = 0; layer < LAYERS; ++layer) {
             u32 tag = tag_of(step * LAYERS + layer);
@@ -148,8 +164,8 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
             const float* parameters = layer_parameters(a.parameters, layer);
             int full = full_layers_before(layer);
             u8* state = a.state;
-            c.watchdog.enter(PHASE_INPUT, layer);
-            ResidualFinish after_mixer{shared.residual, channels.after_mixer, tag};
+            c.enter(PHASE_INPUT, layer);
+            ResidualFinish after_mixer{&c, shared.residual, channels.after_mixer, tag};
             if (is_full(layer)) {
                 FullLayer weights;
                 weights.q_norm = parameters + 2 * HIDDEN;
@@ -167,16 +183,17 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 weights.recurrent_state = weights.conv_window + 4 * CONV_DIM;
                 linear_attention(c, weights, channels, squares, tag, after_mixer);
             }
-            c.watchdog.enter(PHASE_INPUT, layer);
+            c.enter(PHASE_INPUT, layer);
             squares = receive_activations<HIDDEN>(c, channels.after_mixer, tag, parameters + HIDDEN);
-            ResidualFinish after_mlp{shared.residual, channels.after_mlp, tag};
+            ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, tag};
             mlp(c, channels, squares, tag, after_mlp);
             // The input of the next layer, or of the LM head.
             const float* next_norm = layer_parameters(a.parameters, layer + 1);
             squares = receive_activations<HIDDEN>(c, channels.after_mlp, tag, next_norm);
         }
 
-        c.watchdog.enter(PHASE_TOKEN, LAYERS);
+        c.enter(PHASE_TOKEN, LAYERS);
+        c.mark(MARK_HEAD);
         u32 tag = tag_of(step);
         HeadFinish finish{&c, nullptr, {0, 0xFFFFFu}};
         if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
@@ -184,23 +201,24 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
         Choice choice = choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, stop_requested, tag);
+        c.mark(MARK_TOKEN);
         if (sample) {
             token = (int)choice.token;
             ++made;
             last = made == a.max_tokens || choice.stop;
             for (int i = 0; i < a.stop_count; ++i) last |= token == a.stop_tokens[i];
-            if (blockIdx.x == 0 && threadIdx.x == 0)
+            if (c.block == 0 && c.thread == 0)
                 store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1ull << 31 : 0) | (u32)token);
         } else {
             last = choice.stop;
         }
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
+    if (c.block == 0 && c.thread == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
     consumer_barrier();
-    if (threadIdx.x == 0) shared.finished = 1;
+    if (c.thread == 0) shared.finished = 1;
 }
 
-extern "C" __global__ void __launch_bounds__((CONSUMER_WARPS + 1) * 32, 1) decode(const __grid_constant__ DecodeArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ DecodeArguments a) {
     extern __shared__ __align__(128) u8 memory[];
     Shared& shared = *(Shared*)memory;
     Ring ring{shared.slots, shared.full, shared.empty};
@@ -209,8 +227,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMER_WARPS + 1) * 32, 1) decod
         shared.finished = 0;
     }
     __syncthreads();
-    if (threadIdx.x / 32 == CONSUMER_WARPS)
-        produce(a, shared, ring);
-    else
+    if (threadIdx.x / 32 >= CONSUMER_WARPS) {
+        give_registers();
+        if (threadIdx.x / 32 == CONSUMER_WARPS) produce(a, shared, ring);
+    } else {
+        take_registers();
         consume(a, shared, ring);
+    }
 }

@@ -68,6 +68,7 @@ __device__ __forceinline__ Channels channels_of(u32* exchange, int layer) {
 // Adds a projection's rows to the residual stream. A block owns the same rows of it in every layer and keeps them in
 // float32 in shared memory; the others get the words.
 struct ResidualFinish {
+    const Consumer* consumer;
     float* residual;  // shared: rows first_group(HIDDEN / 8, block) * 8 and up
     u32* channel;
     u32 tag;
@@ -75,9 +76,10 @@ struct ResidualFinish {
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
-        if ((int)threadIdx.x >= groups * 8) return;
-        int row = group * 8 + threadIdx.x, own = row - 8 * first_group(HIDDEN / 8, blockIdx.x);
-        residual[own] += sum(threadIdx.x);
+        int thread = consumer->thread;
+        if (thread >= groups * 8) return;
+        int row = group * 8 + thread, own = row - 8 * first_group(HIDDEN / 8, consumer->block);
+        residual[own] += sum(thread);
         publish(channel + row, residual[own], tag);
     }
 };

@@ -10,7 +10,7 @@
 constexpr int PROJECTED_FULL = 2 * QUERY_DIM + 2 * KV_DIM;  // rows: per head 256 query and 256 gate | k | v
 constexpr int GROUP_HEADS = HEADS / KV_HEADS;               // query heads of a kv head
 constexpr int PADDED_HEADS = GROUP_HEADS <= 1 ? 1 : GROUP_HEADS <= 2 ? 2 : GROUP_HEADS <= 4 ? 4 : 8;
-constexpr int AT_ONCE = 4;                                  // positions that a warp handles together
+constexpr int AT_ONCE = PADDED_HEADS <= 4 ? 4 : 2;          // positions that a warp handles together
 constexpr int LEAST_SPLIT = CONSUMER_WARPS * AT_ONCE;
 constexpr int DIMS = HEAD_DIM / 32;  // dims that a lane holds
 constexpr int PARTIAL_STRIDE = HEAD_DIM + 4;
@@ -26,24 +26,40 @@ struct PublishFinish {
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
-        int row = group * 8 + (int)threadIdx.x;
-        if ((int)threadIdx.x < groups * 8 && row < PROJECTED_FULL) publish(projected + row, sum(threadIdx.x) * inverse_rms<HIDDEN>(*consumer), tag);
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread < groups * 8 && row < PROJECTED_FULL) publish(projected + row, sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer), tag);
     }
 };
 
-// Norm and RoPE of one head; lane l holds dims 8 l to 8 l + 7. `rope` is (cos, sin) for the pairs (i, i + ROTARY_DIM / 2).
-__device__ __forceinline__ void norm_and_rope(float (&x)[DIMS], const float* weight, const float2* rope, int lane) {
+// The constants of norm_and_rope for a lane: fetched before the head is there.
+struct NormAndRope {
+    float weight[DIMS];
+    float2 turn[DIMS];  // (cos, sin) for the pairs (i, i + ROTARY_DIM / 2)
+};
+constexpr int HALF_LANES = ROTARY_DIM / 2 / DIMS;  // lanes that hold the first half of the rotary dims
+
+__device__ __forceinline__ NormAndRope fetch_norm_and_rope(const float* weight, const float2* rope, int lane) {
+    NormAndRope result;
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) {
+        result.weight[i] = load_constant(weight + lane * DIMS + i);
+        result.turn[i] = __ldg(rope + (lane % HALF_LANES) * DIMS + i);
+    }
+    return result;
+}
+
+// Norm and RoPE of one head; lane l holds dims 8 l to 8 l + 7.
+__device__ __forceinline__ void norm_and_rope(float (&x)[DIMS], const NormAndRope& constants, int lane) {
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < DIMS; ++i) squares += x[i] * x[i];
     float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + NORM_EPS);
-    constexpr int HALF_LANES = ROTARY_DIM / 2 / DIMS;  // lanes that hold the first half of the rotary dims
 #pragma unroll
     for (int i = 0; i < DIMS; ++i) {
-        x[i] *= scale * load_constant(weight + lane * DIMS + i);
+        x[i] *= scale * constants.weight[i];
         float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], HALF_LANES);
         if (lane < 2 * HALF_LANES) {
-            float2 r = rope[(lane % HALF_LANES) * DIMS + i];
+            float2 r = constants.turn[i];
             x[i] = lane < HALF_LANES ? x[i] * r.x - other * r.y : x[i] * r.x + other * r.y;
         }
     }
@@ -89,7 +105,7 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
                                        const float2* rope, int position, int max_context, u32 tag) {
     constexpr float LOG2E = 1.4426950408889634f;
     Splits splits = splits_of(position);
-    int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
+    int kv_head = c.block % KV_HEADS, split = c.block / KV_HEADS;
     if (split >= splits.count) return;
     int begin = split * splits.length, end = min(begin + splits.length, position + 1);
     u16* keys = layer.keys + (long long)kv_head * max_context * HEAD_DIM;
@@ -97,27 +113,24 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
 
     // The first keys and values do not depend on this token: fetch them before waiting for the queries.
     uint4 k[AT_ONCE], v[AT_ONCE];
-    auto fetch = [&](int first) {
+    auto fetch = [&](uint4 (&to)[AT_ONCE], const u16* from, int first) {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             int at = first + i;
-            if (at < end && at != position) {
-                k[i] = load_l2(keys + (long long)at * HEAD_DIM + c.lane * DIMS);
-                v[i] = load_l2(values + (long long)at * HEAD_DIM + c.lane * DIMS);
-            } else {
-                k[i] = v[i] = make_uint4(0, 0, 0, 0);
-            }
+            to[i] = at < end && at != position ? load_l2(from + (long long)at * HEAD_DIM + c.lane * DIMS) : make_uint4(0, 0, 0, 0);
         }
     };
     int first = begin + c.warp * AT_ONCE;
-    fetch(first);
+    fetch(k, keys, first);
+    fetch(v, values, first);
 
     const u32* projected = channels.projected;
+    NormAndRope constants = fetch_norm_and_rope(c.warp < GROUP_HEADS ? layer.q_norm : layer.k_norm, rope, c.lane);
     if (c.warp < GROUP_HEADS) {
         float x[1][DIMS];
         const u32* const slots[1] = {projected + (kv_head * GROUP_HEADS + c.warp) * 2 * HEAD_DIM};
         receive_heads<1>(x, slots, tag, c);
-        norm_and_rope(x[0], layer.q_norm, rope, c.lane);
+        norm_and_rope(x[0], constants, c.lane);
 #pragma unroll
         for (int i = 0; i < DIMS; ++i) scratch.queries[c.warp][c.lane * DIMS + i] = x[0][i] * (LOG2E * 0.0625f);
     }
@@ -126,7 +139,7 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
         const u32* key = projected + 2 * QUERY_DIM + kv_head * HEAD_DIM;
         const u32* const slots[2] = {key, key + KV_DIM};
         receive_heads<2>(x, slots, tag, c);
-        norm_and_rope(x[0], layer.k_norm, rope, c.lane);
+        norm_and_rope(x[0], constants, c.lane);
         scratch.new_key[c.lane] = pack8(x[0]);
         scratch.new_value[c.lane] = pack8(x[1]);
         *(uint4*)(keys + (long long)position * HEAD_DIM + c.lane * DIMS) = scratch.new_key[c.lane];
@@ -140,20 +153,18 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
 #pragma unroll
         for (int i = 0; i < DIMS; ++i) q[head][i] = scratch.queries[head][c.lane * DIMS + i], o[head][i] = 0;
 
-    // In the scattered form, lane l speaks for position l / 8 of the four and for one head.
+    // In the scattered form, lane l speaks for position l / LANES_PER_POSITION of those at once, and for one head.
     constexpr int SCORES = AT_ONCE * PADDED_HEADS;
-    constexpr int LANES_PER_SCORE = 32 / SCORES;
+    constexpr int LANES_PER_SCORE = 32 / SCORES, LANES_PER_POSITION = 32 / AT_ONCE;
     int my_head = c.lane / LANES_PER_SCORE % PADDED_HEADS;
     float peak = -1e30f, total = 0;
     for (; first < end; first += LEAST_SPLIT) {
         float scores[SCORES];
-        uint4 value[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             if (first + i == position) k[i] = scratch.new_key[c.lane], v[i] = scratch.new_value[c.lane];
             float key[DIMS];
             unpack8(key, k[i]);
-            value[i] = v[i];
 #pragma unroll
             for (int head = 0; head < PADDED_HEADS; ++head) {
                 float sum = 0;
@@ -163,13 +174,15 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
                 scores[i * PADDED_HEADS + head] = sum;
             }
         }
-        if (first + LEAST_SPLIT < end) fetch(first + LEAST_SPLIT);
-        float score = warp_sum_scatter(scores);
-        if (first + c.lane / 8 >= end) score = -1e30f;
-        float best = fmaxf(score, __shfl_xor_sync(0xFFFFFFFFu, score, 8));
-        best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 16));
+        fetch(k, keys, first + LEAST_SPLIT);
+        float score = warp_sum_scatter(scores, c.lane);
+        bool inside = first + c.lane / LANES_PER_POSITION < end;
+        if (!inside) score = -1e30f;
+        float best = score;
+#pragma unroll
+        for (int offset = LANES_PER_POSITION; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, offset));
         float new_peak = fmaxf(peak, best);
-        float scale = exp2_fast(peak - new_peak), weight = first + c.lane / 8 < end ? exp2_fast(score - new_peak) : 0.0f;
+        float scale = exp2_fast(peak - new_peak), weight = inside ? exp2_fast(score - new_peak) : 0.0f;
         peak = new_peak;
         total = total * scale + weight;
 #pragma unroll
@@ -181,18 +194,19 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             float x[DIMS];
-            unpack8(x, value[i]);
+            unpack8(x, v[i]);
 #pragma unroll
             for (int head = 0; head < GROUP_HEADS; ++head) {
-                float p = __shfl_sync(0xFFFFFFFFu, weight, i * 8 + head * LANES_PER_SCORE);
+                float p = __shfl_sync(0xFFFFFFFFu, weight, i * LANES_PER_POSITION + head * LANES_PER_SCORE);
 #pragma unroll
                 for (int d = 0; d < DIMS; ++d) o[head][d] += p * x[d];
             }
         }
+        fetch(v, values, first + LEAST_SPLIT);
     }
-    total += __shfl_xor_sync(0xFFFFFFFFu, total, 8);
-    total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
-    if (c.lane < 8 && c.lane % LANES_PER_SCORE == 0 && my_head < GROUP_HEADS) {
+#pragma unroll
+    for (int offset = LANES_PER_POSITION; offset < 32; offset *= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, offset);
+    if (c.lane < LANES_PER_POSITION && c.lane % LANES_PER_SCORE == 0 && my_head < GROUP_HEADS) {
         scratch.peak[c.warp][my_head] = peak;
         scratch.total[c.warp][my_head] = total;
     }
@@ -218,15 +232,15 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
             for (int d = 0; d < DIMS; ++d) scratch.values[c.warp][head][d * 32 + c.lane] += o[head][d];
     consumer_barrier();
     u32* partial = channels.partial + ((long long)kv_head * GROUP_HEADS * MAX_SPLITS + split) * PARTIAL_STRIDE;
-    for (int i = threadIdx.x; i < GROUP_HEADS * HEAD_DIM; i += CONSUMER_WARPS * 32) {
+    for (int i = c.thread; i < GROUP_HEADS * HEAD_DIM; i += CONSUMER_WARPS * 32) {
         int head = i / HEAD_DIM, at = i % HEAD_DIM;  // `at` in the order d * 32 + lane, for conflict-free access
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < CONSUMER_WARPS / 2; ++w) sum += scratch.values[w][head][at];
         publish(partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE + at % 32 * DIMS + at / 32, sum, tag);
     }
-    if (threadIdx.x < GROUP_HEADS) {
-        int head = threadIdx.x;
+    if (c.thread < GROUP_HEADS) {
+        int head = c.thread;
         float best = scratch.peak[0][head], sum = 0;
         for (int w = 1; w < CONSUMER_WARPS; ++w) best = fmaxf(best, scratch.peak[w][head]);
         for (int w = 0; w < CONSUMER_WARPS; ++w) sum += scratch.total[w][head] * exp2_fast(scratch.peak[w][head] - best);
@@ -240,7 +254,7 @@ __device__ __forceinline__ void merge_splits(Consumer& c, const Channels& channe
     constexpr int ITEMS = HEADS * HEAD_DIM / 8;
     constexpr int PER_LANE = (MAX_SPLITS + 3) / 4;  // splits whose values a lane adds up
     int splits = splits_of(position).count;
-    for (int item = blockIdx.x + BLOCKS * c.warp; item < ITEMS; item += BLOCKS * CONSUMER_WARPS) {
+    for (int item = c.block + BLOCKS * c.warp; item < ITEMS; item += BLOCKS * CONSUMER_WARPS) {
         int head = item / (HEAD_DIM / 8), dim = item % (HEAD_DIM / 8) * 8 + c.lane % 8;
         const u32* partial = channels.partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE;
         // Words 0 to 4: the gate, peak and total of splits l and l + 32; then the values of splits l / 8, l / 8 + 4, ...
@@ -295,9 +309,10 @@ __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, c
                                           ResidualFinish& add_to_residual) {
     PublishFinish finish{&c, channels.projected, tag};
     gemv<PROJECTED_FULL, HIDDEN>(c, squares, finish);
-    c.watchdog.enter(PHASE_ATTENTION, c.watchdog.layer);
+    c.enter(PHASE_ATTENTION, c.watchdog.layer);
     attend(c, layer, channels, scratch, rope, position, max_context, tag);
-    c.watchdog.enter(PHASE_MERGE, c.watchdog.layer);
+    c.mark(MARK_ATTENDED);
+    c.enter(PHASE_MERGE, c.watchdog.layer);
     merge_splits(c, channels, position, tag);
     receive_activations<QUERY_DIM>(c, channels.mixed, tag, nullptr);
     gemv<HIDDEN, QUERY_DIM>(c, 0, add_to_residual);

@@ -36,9 +36,9 @@ struct HeadFinish {
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
-        int row = group * 8 + (int)threadIdx.x;
-        if ((int)threadIdx.x >= groups * 8 || row >= VOCAB) return;
-        float logit = sum(threadIdx.x) * inverse_rms<HIDDEN>(*consumer);
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread >= groups * 8 || row >= VOCAB) return;
+        float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
         if (row < VOCABULARY_SIZE) best.offer(ordered(logit), row);
     }
@@ -59,7 +59,7 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         if (c.lane == 0) {
             // What this block wrote for later tokens (KV cache) is ordered before the word.
             fence_gpu();
-            store_relaxed64(candidates + blockIdx.x, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
+            store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
         }
     }
     u64 winner = 0;

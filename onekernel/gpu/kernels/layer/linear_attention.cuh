@@ -13,37 +13,42 @@ constexpr int PAIRS_PER_WARP = (COLUMN_PAIRS + BLOCKS * CONSUMER_WARPS - 1) / (B
 // SiLU; z becomes gate = norm weight * silu(z); b becomes beta; a becomes the log of the decay.
 struct ProjectionFinish {
     LinearLayer layer;
-    float inverse_rms_of_input;
     const Consumer* consumer;
     u32* projected;
     u32 tag;
-    float4 window, taps;
+    float4 window, taps;  // of the row's channel; where there is no channel, taps holds the row's constants
 
     __device__ __forceinline__ void prepare(int group, int groups) {
-        int row = group * 8 + (int)threadIdx.x;
-        if ((int)threadIdx.x < groups * 8 && row < CONV_DIM) {
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread >= groups * 8) return;
+        if (row < CONV_DIM) {
             window = *(const float4*)(layer.conv_window + 4 * row);
             taps = load_constant4(layer.conv_weight + 4 * row);
+        } else if (row < CONV_DIM + VALUE_DIM) {
+            taps.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
+        } else if (row >= PROJECTED_LINEAR - VALUE_HEADS && row < PROJECTED_LINEAR) {
+            int head = row - (PROJECTED_LINEAR - VALUE_HEADS);
+            taps.x = load_constant(layer.dt_bias + head);
+            taps.y = load_constant(layer.negative_decay_rate + head);
         }
     }
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
-        int row = group * 8 + (int)threadIdx.x;
-        if ((int)threadIdx.x >= groups * 8 || row >= PROJECTED_LINEAR) return;
-        float y = sum(threadIdx.x) * inverse_rms<HIDDEN>(*consumer);
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread >= groups * 8 || row >= PROJECTED_LINEAR) return;
+        float y = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (row < CONV_DIM) {
             float u = taps.x * window.y + taps.y * window.z + taps.z * window.w + taps.w * y;
             *(float4*)(layer.conv_window + 4 * row) = make_float4(window.y, window.z, window.w, y);
             y = silu(u);
         } else if (row < CONV_DIM + VALUE_DIM) {
-            y = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM) * silu(y);
+            y = taps.x * silu(y);
         } else if (row < CONV_DIM + VALUE_DIM + VALUE_HEADS) {
             y = sigmoid(y);
         } else {
-            int head = row - CONV_DIM - VALUE_DIM - VALUE_HEADS;
-            float x = y + load_constant(layer.dt_bias + head);
+            float x = y + taps.x;
             float softplus = x > 20.0f ? x : log1pf(__expf(x));
-            y = load_constant(layer.negative_decay_rate + head) * softplus;
+            y = taps.y * softplus;
         }
         publish(projected + row, y, tag);
     }
@@ -80,7 +85,7 @@ __device__ __forceinline__ void delta_rule(Consumer& c, const LinearLayer& layer
     float4 q = qk[0], k = qk[1];
     float v0 = words[0], v1 = words[1], gate0 = words[2], gate1 = words[3], beta = words[4], decay = __expf(words[5]);
     float sums[8] = {dot4(q, q), dot4(k, k), dot4(k, q), dot4(s.first, k), dot4(s.second, k), dot4(s.first, q), dot4(s.second, q), 0};
-    float mine = warp_sum_scatter(sums);  // lane l: sum l / 4
+    float mine = warp_sum_scatter(sums, c.lane);  // lane l: sum l / 4
     float qq = __shfl_sync(0xFFFFFFFFu, mine, 0), kk = __shfl_sync(0xFFFFFFFFu, mine, 4), kq = __shfl_sync(0xFFFFFFFFu, mine, 8);
     float sk0 = __shfl_sync(0xFFFFFFFFu, mine, 12), sk1 = __shfl_sync(0xFFFFFFFFu, mine, 16);
     float sq0 = __shfl_sync(0xFFFFFFFFu, mine, 20), sq1 = __shfl_sync(0xFFFFFFFFu, mine, 24);
@@ -99,6 +104,7 @@ __device__ __forceinline__ void delta_rule(Consumer& c, const LinearLayer& layer
 // Receives this warp's slice of the delta rule's output, with the gated norm: o / rms(o of the head) * gate.
 __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed, u32 tag) {
     constexpr int SLICE = VALUE_DIM / CONSUMER_WARPS;
+    c.locate();
     int start = slice_start(VALUE_DIM, c.warp);
     for (int head = start / VALUE_HEAD_DIM; head * VALUE_HEAD_DIM < start + SLICE; ++head) {
         int column = head * VALUE_HEAD_DIM + 4 * c.lane;
@@ -111,13 +117,15 @@ __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed
         if (column >= start && column < start + SLICE) store_activations(c, (column - start) / 4, y);
     }
     __syncwarp();
+    c.mark(MARK_RECEIVED);
 }
 
 __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer& layer, const Channels& channels, float squares,
                                                  u32 tag, ResidualFinish& add_to_residual) {
     // The state does not depend on this token: fetch it while the projections stream.
     StateColumns state[PAIRS_PER_WARP];
-    int first_pair = blockIdx.x * CONSUMER_WARPS + c.warp;
+    c.locate();
+    int first_pair = c.block * CONSUMER_WARPS + c.warp;
 #pragma unroll
     for (int i = 0; i < PAIRS_PER_WARP; ++i) {
         int pair = first_pair + i * BLOCKS * CONSUMER_WARPS;
@@ -126,15 +134,17 @@ __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer&
             state[i].second = *(const float4*)(state_column(layer, pair, c.lane) + KEY_HEAD_DIM);
         }
     }
-    ProjectionFinish finish{layer, 0, &c, channels.projected, tag};
+    ProjectionFinish finish{layer, &c, channels.projected, tag};
     gemv<PROJECTED_LINEAR, HIDDEN>(c, squares, finish);
 
-    c.watchdog.enter(PHASE_DELTA_RULE, c.watchdog.layer);
+    c.enter(PHASE_DELTA_RULE, c.watchdog.layer);
+    first_pair = c.block * CONSUMER_WARPS + c.warp;
 #pragma unroll
     for (int i = 0; i < PAIRS_PER_WARP; ++i) {
         int pair = first_pair + i * BLOCKS * CONSUMER_WARPS;
         if (pair < COLUMN_PAIRS) delta_rule(c, layer, state[i], pair, channels.projected, channels.mixed, tag);
     }
+    c.mark(MARK_ATTENDED);
     receive_gated_norm(c, channels.mixed, tag);
     gemv<HIDDEN, VALUE_DIM>(c, 0, add_to_residual);
 }

@@ -11,7 +11,7 @@ struct ActivationFinish {
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
-        int t = threadIdx.x;
+        int t = consumer->thread;
         if (t >= groups * 4) return;
         float scale = inverse_rms<HIDDEN>(*consumer);
         float gate = sum(t / 4 * 8 + t % 4) * scale, up = sum(t / 4 * 8 + 4 + t % 4) * scale;

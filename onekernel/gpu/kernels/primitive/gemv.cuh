@@ -2,12 +2,13 @@
 //
 // A matrix of ROWS x COLUMNS is cut into groups of 8 rows, dealt to the blocks in contiguous runs. Warp w owns columns
 // w * COLUMNS / 8 and up, of every row; the sums of the 8 warps meet in shared memory, BATCH_GROUPS groups at a time,
-// behind one barrier. The layout of the tape is that of gpu/tape.py.
+// behind one barrier. The layout of the tape is that of gpu/tape.py: stages never reach across row groups.
 #pragma once
 
 #include "primitive/exchange.cuh"
 #include "primitive/mma.cuh"
 #include "primitive/ring.cuh"
+#include "primitive/timeline.cuh"
 #include "primitive/warp.cuh"
 
 constexpr int BATCH_ROWS = 8 * BATCH_GROUPS;
@@ -15,13 +16,28 @@ constexpr int BATCH_ROWS = 8 * BATCH_GROUPS;
 // What the consumer warps of a block share, and where this thread stands.
 struct Consumer {
     Ring ring;
-    u32 stage;                      // the next stage of the tape
-    u32* activations;               // shared: this warp's slice of the input vector, as 16-bit pairs
+    RingPosition next;              // the next stage of the tape
+    u32* activations;               // shared: the input vector as 16-bit pairs, each warp's slice on its own
     float (*sums)[CONSUMER_WARPS][BATCH_ROWS];  // shared, [2]: partial row sums, double-buffered
     float (*squares)[CONSUMER_WARPS];           // shared, [2]: partial sums of squares of the input
     int buffer;                     // which of the two
-    int warp, lane;
+    int block, thread, warp, lane;
     Watchdog watchdog;
+    Timeline timeline;
+
+    __device__ __forceinline__ void mark(Mark kind) { timeline.mark(thread == 0, kind, watchdog.layer); }
+
+    // Called at the start of each phase.
+    __device__ __forceinline__ void enter(u32 phase, u32 layer) {
+        watchdog.enter(phase, layer);
+        locate();
+    }
+    __device__ __forceinline__ void locate() {
+        block = block_index();
+        thread = thread_index();
+        warp = thread / 32;
+        lane = thread % 32;
+    }
 };
 
 __device__ __forceinline__ int first_group(int groups, int block) { return (int)((long long)groups * block / BLOCKS); }
@@ -29,9 +45,13 @@ __device__ __forceinline__ int first_group(int groups, int block) { return (int)
 // Columns of the input vector that this warp multiplies.
 __device__ __forceinline__ int slice_start(int columns, int warp) { return columns / CONSUMER_WARPS * warp; }
 
+__device__ __forceinline__ u32* own_activations(Consumer& c) {
+    return c.activations + ACTIVATION_COLUMNS / CONSUMER_WARPS / 2 * c.warp;
+}
+
 // Puts columns 4 i to 4 i + 3 of the slice where tile_mma wants them: within 8 columns (4 words) in the order 0 2 1 3.
 __device__ __forceinline__ void store_activations(Consumer& c, int i, float4 v) {
-    u32* at = c.activations + i / 2 * 4 + i % 2;
+    u32* at = own_activations(c) + i / 2 * 4 + i % 2;
     at[0] = pack2(v.x, v.y);
     at[2] = pack2(v.z, v.w);
 }
@@ -43,6 +63,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, const u32* cha
     constexpr int VECTORS = COLUMNS / CONSUMER_WARPS / 4;
     constexpr int PER_LANE = (VECTORS + 31) / 32;
     constexpr int AT_ONCE = PER_LANE < 4 ? PER_LANE : 4;
+    c.locate();
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;
     for (int base = 0; base < PER_LANE; base += AT_ONCE) {
@@ -65,6 +86,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, const u32* cha
             }
     }
     __syncwarp();
+    c.mark(MARK_RECEIVED);
     return squares;
 }
 
@@ -77,84 +99,86 @@ __device__ __forceinline__ float inverse_rms(const Consumer& c) {
     return rsqrtf(total / COLUMNS + NORM_EPS);
 }
 
+// This warp's slice of the input vector, in the order in which tile_mma takes it: in registers where it is short.
+template <int TILES>
+struct Slice {
+    static constexpr bool IN_REGISTERS = TILES <= MOST_TILES_IN_REGISTERS;
+    const u32* source;
+    uint2 words[IN_REGISTERS ? TILES : 1];
+
+    __device__ __forceinline__ explicit Slice(Consumer& c) : source(own_activations(c) + c.lane % 4 * 4 + (c.lane >> 2 & 1) * 2) {
+        if (IN_REGISTERS)
+#pragma unroll
+            for (int i = 0; i < (IN_REGISTERS ? TILES : 1); ++i) words[i] = *(const uint2*)(source + i * 16);
+    }
+    __device__ __forceinline__ uint2 operator[](int tile) const { return IN_REGISTERS ? words[tile] : *(const uint2*)(source + tile * 16); }
+};
+
+// One stage of a row group: COUNT tiles of this warp, the first of them tile `first` of its slice.
+template <int COUNT, int TILES>
+__device__ __forceinline__ void multiply_stage(Consumer& c, Accumulator (&acc)[TILES_PER_STAGE], const Slice<TILES>& x, int first) {
+    wait_until_full(c.ring, c.next, c.watchdog);
+    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * COUNT * 32 + c.lane;
+    uint4 w[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) w[i] = source[i * 32];
+    release_stage(c.ring, c.next, c.warp, c.lane);
+    c.next.advance();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) tile_mma(acc[i], w[i], x[first + i]);
+}
+
+// This warp's part of the sums of one row group; row r is with the lanes 4 r.
+template <int TILES>
+__device__ __forceinline__ float multiply_group(Consumer& c, const Slice<TILES>& x) {
+    constexpr int WHOLE = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE;
+    Accumulator acc[TILES_PER_STAGE] = {};
+    if (Slice<TILES>::IN_REGISTERS) {
+#pragma unroll
+        for (int s = 0; s < WHOLE; ++s) multiply_stage<TILES_PER_STAGE, TILES>(c, acc, x, s * TILES_PER_STAGE);
+    } else {
+#pragma unroll 1
+        for (int s = 0; s < WHOLE; ++s) multiply_stage<TILES_PER_STAGE, TILES>(c, acc, x, s * TILES_PER_STAGE);
+    }
+    if constexpr (REST > 0) multiply_stage<REST, TILES>(c, acc, x, WHOLE * TILES_PER_STAGE);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < TILES_PER_STAGE; ++i) sum += acc[i].row_sum();
+    return sum;
+}
+
 // y = W x for this block's rows. `squares` is the lane's sum of squares of its part of x (0 where no norm is wanted).
 // For each batch of row groups: finish.prepare(first_group, groups) before the weights are needed, then, behind the
 // barrier, finish(first_group, groups, sum) where sum(i) is row i of the batch.
 template <int ROWS, int COLUMNS, class Finish>
 __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish) {
-    constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;  // a row group, for one warp
-    constexpr bool ALIGNED = TILES % TILES_PER_STAGE == 0;
+    constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;  // of a row group, for one warp
     constexpr int GROUPS = (ROWS + 7) / 8;
-    int group = first_group(GROUPS, blockIdx.x), groups_end = first_group(GROUPS, blockIdx.x + 1);
-    int tiles = (groups_end - group) * TILES;
-    if (tiles == 0) return;
-
+    c.locate();
+    int group = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
+    if (group < end) finish.prepare(group, min(BATCH_GROUPS, end - group));
     squares = warp_sum(squares);
-    finish.prepare(group, min(BATCH_GROUPS, groups_end - group));
-
-    struct Tiles {
-        uint4 w[TILES_PER_STAGE];
-        uint2 x[TILES_PER_STAGE];
-    };
-    int load_column = 0;  // tile column of the next tile to load
-    const u32* x = c.activations + c.lane % 4 * 4 + (c.lane >> 2 & 1) * 2;
-    auto load = [&](Tiles& t, int count) {
-        wait_until_full(c.ring, c.stage, c.watchdog);
-        const u8* slot = c.ring.slots + c.stage % RING_STAGES * STAGE_BYTES + (c.warp * count * 32 + c.lane) * 16;
-#pragma unroll
-        for (int i = 0; i < TILES_PER_STAGE; ++i)
-            if (i < count) {
-                t.w[i] = *(const uint4*)(slot + i * 512);
-                t.x[i] = *(const uint2*)(x + load_column * 16);
-                if (++load_column == TILES) load_column = 0;
-            }
-        release_stage(c.ring, c.stage++);
-    };
-    Accumulator acc[TILES_PER_STAGE] = {};
-    int column = 0, local = 0;
-    auto flush = [&] {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < TILES_PER_STAGE; ++i) {
-            sum += acc[i].row_sum();
-            acc[i] = Accumulator{};
+    Slice<TILES> x(c);
+    while (group < end) {
+        int count = min(BATCH_GROUPS, end - group);
+#pragma unroll 1
+        for (int local = 0; local < count; ++local) {
+            float sum = multiply_group<TILES>(c, x);
+            if (c.lane % 4 == 0) c.sums[c.buffer][c.warp][local * 8 + c.lane / 4] = sum;
         }
-        if (c.lane % 4 == 0) c.sums[c.buffer][c.warp][local * 8 + c.lane / 4] = sum;
-        column = 0;
-        ++local;
-        if (local == BATCH_GROUPS || group + local == groups_end) {
-            if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
-            consumer_barrier();
-            finish(group, local, [&](int i) {
-                float sum = 0;
+        if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
+        c.mark(MARK_MULTIPLIED);
+        consumer_barrier();
+        c.mark(MARK_SUMMED);
+        finish(group, count, [&](int i) {
+            float sum = 0;
 #pragma unroll
-                for (int w = 0; w < CONSUMER_WARPS; ++w) sum += c.sums[c.buffer][w][i];
-                return sum;
-            });
-            group += local;
-            local = 0;
-            c.buffer ^= 1;
-            if (group < groups_end) finish.prepare(group, min(BATCH_GROUPS, groups_end - group));
-        }
-    };
-    auto multiply = [&](const Tiles& t, int count) {
-#pragma unroll
-        for (int i = 0; i < TILES_PER_STAGE; ++i)
-            if (i < count) {
-                tile_mma(acc[i], t.w[i], t.x[i]);
-                if (++column == TILES && (!ALIGNED || i == TILES_PER_STAGE - 1)) flush();
-            }
-    };
-    // The tiles of the next stage are loaded before those of the current one are multiplied.
-    auto count_at = [&](int at) { return ALIGNED ? TILES_PER_STAGE : min(TILES_PER_STAGE, tiles - at); };
-    Tiles even, odd;
-    load(even, count_at(0));
-    for (int at = 0; at < tiles; at += 2 * TILES_PER_STAGE) {
-        int next = at + TILES_PER_STAGE, after = next + TILES_PER_STAGE;
-        if (next < tiles) load(odd, count_at(next));
-        multiply(even, count_at(at));
-        if (next >= tiles) break;
-        if (after < tiles) load(even, count_at(after));
-        multiply(odd, count_at(next));
+            for (int w = 0; w < CONSUMER_WARPS; ++w) sum += c.sums[c.buffer][w][i];
+            return sum;
+        });
+        c.mark(MARK_PUBLISHED);
+        group += count;
+        c.buffer ^= 1;
+        if (group < end) finish.prepare(group, min(BATCH_GROUPS, end - group));
     }
 }

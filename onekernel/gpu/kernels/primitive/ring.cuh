@@ -11,6 +11,16 @@
 
 constexpr int STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * 512;
 
+// Where a warp stands in the ring. `round` counts how often it went around.
+struct RingPosition {
+    u32 slot, round;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == RING_STAGES) slot = 0, ++round;
+    }
+    __device__ __forceinline__ u32 stage() const { return round * RING_STAGES + slot; }
+};
+
 struct Ring {
     u8* slots;  // RING_STAGES x STAGE_BYTES
     u64* full;  // one mbarrier (or counter) a slot
@@ -18,6 +28,8 @@ struct Ring {
 };
 
 #if __CUDA_ARCH__ >= 900
+
+constexpr bool LIMITS_FLIGHT = true;  // the producer limits how many stages are on their way
 
 __device__ __forceinline__ void mbarrier_init(u64* b, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
@@ -37,10 +49,14 @@ __device__ __forceinline__ bool mbarrier_try_wait(u64* b, u32 parity) {
         : "memory");
     return done;
 }
+// Weights are read once a token: in L2 they give way to what is read again (states, KV cache, parameters).
 __device__ __forceinline__ void bulk_copy(void* shared, const u8* global, u32 bytes, u64* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(b))
-                 : "memory");
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;}" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(b))
+        : "memory");
 }
 
 __device__ __forceinline__ void ring_init(Ring& ring) {
@@ -50,28 +66,29 @@ __device__ __forceinline__ void ring_init(Ring& ring) {
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ bool stage_is_full(Ring& ring, u32 stage) {
-    return mbarrier_try_wait(ring.full + stage % RING_STAGES, (stage / RING_STAGES) & 1);
+__device__ __forceinline__ bool stage_is_full(Ring& ring, RingPosition at) {
+    return mbarrier_try_wait(ring.full + at.slot, at.round & 1);
 }
-__device__ __forceinline__ bool stage_is_empty(Ring& ring, u32 stage) {
-    return mbarrier_try_wait(ring.empty + stage % RING_STAGES, ((stage / RING_STAGES) & 1) ^ 1);
+__device__ __forceinline__ bool stage_is_empty(Ring& ring, RingPosition at) {
+    return mbarrier_try_wait(ring.empty + at.slot, (at.round & 1) ^ 1);
 }
-__device__ __forceinline__ void release_stage(Ring& ring, u32 stage) {
+__device__ __forceinline__ void release_stage(Ring& ring, RingPosition at, int, int lane) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ring.empty + stage % RING_STAGES);
+    if (lane == 0) mbarrier_arrive(ring.empty + at.slot);
 }
 // Called by the whole producer warp.
-__device__ __forceinline__ void fill_stage(Ring& ring, u32 stage, const u8* source, u32 bytes) {
+__device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
     if (threadIdx.x % 32 == 0) {
-        u64* full = ring.full + stage % RING_STAGES;
-        mbarrier_expect(full, bytes);
-        bulk_copy(ring.slots + (stage % RING_STAGES) * STAGE_BYTES, source, bytes, full);
+        mbarrier_expect(ring.full + at.slot, bytes);
+        bulk_copy(ring.slots + at.slot * STAGE_BYTES, source, bytes, ring.full + at.slot);
     }
     __syncwarp();
 }
-__device__ __forceinline__ void finish_filling(Ring&, u32) {}
+__device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 
 #else
+
+constexpr bool LIMITS_FLIGHT = false;  // fill_stage itself waits for earlier copies
 
 __device__ __forceinline__ volatile u32* counter(u64* b) { return (volatile u32*)b; }
 
@@ -81,24 +98,24 @@ __device__ __forceinline__ void ring_init(Ring& ring) {
 }
 // full[slot] holds the number of the last stage that landed there, plus one; empty[slot][warp] likewise of the last one
 // that the warp released.
-__device__ __forceinline__ bool stage_is_full(Ring& ring, u32 stage) {
-    bool full = *counter(ring.full + stage % RING_STAGES) > stage;
+__device__ __forceinline__ bool stage_is_full(Ring& ring, RingPosition at) {
+    bool full = *counter(ring.full + at.slot) > at.stage();
     __threadfence_block();
     return full;
 }
-__device__ __forceinline__ bool stage_is_empty(Ring& ring, u32 stage) {
-    if (stage < RING_STAGES) return true;
-    volatile u32* released = counter(ring.empty) + (stage % RING_STAGES) * CONSUMER_WARPS;
+__device__ __forceinline__ bool stage_is_empty(Ring& ring, RingPosition at) {
+    if (at.round == 0) return true;
+    volatile u32* released = counter(ring.empty) + at.slot * CONSUMER_WARPS;
     bool empty = true;
-    for (int i = 0; i < CONSUMER_WARPS; ++i) empty &= released[i] > stage - RING_STAGES;
+    for (int i = 0; i < CONSUMER_WARPS; ++i) empty &= released[i] > at.stage() - RING_STAGES;
     __threadfence_block();
     return empty;
 }
-__device__ __forceinline__ void release_stage(Ring& ring, u32 stage) {
+__device__ __forceinline__ void release_stage(Ring& ring, RingPosition at, int warp, int lane) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0) {
         __threadfence_block();
-        counter(ring.empty)[(stage % RING_STAGES) * CONSUMER_WARPS + threadIdx.x / 32] = stage + 1;
+        counter(ring.empty)[at.slot * CONSUMER_WARPS + warp] = at.stage() + 1;
     }
 }
 __device__ __forceinline__ void mark_full(Ring& ring, u32 stage) {
@@ -108,40 +125,42 @@ __device__ __forceinline__ void mark_full(Ring& ring, u32 stage) {
 }
 #if __CUDA_ARCH__ >= 800
 // One stage of cp.async stays in flight behind the one being issued.
-__device__ __forceinline__ void fill_stage(Ring& ring, u32 stage, const u8* source, u32 bytes) {
-    u8* slot = ring.slots + (stage % RING_STAGES) * STAGE_BYTES;
-    for (u32 at = threadIdx.x % 32 * 16; at < bytes; at += 512)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(slot + at)), "l"(source + at) : "memory");
+__device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
+    u8* slot = ring.slots + at.slot * STAGE_BYTES;
+    for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(slot + i)), "l"(source + i) : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
+    u32 stage = at.stage();
     if (stage >= COPIES_IN_FLIGHT) {
         asm volatile("cp.async.wait_group %0;" ::"n"(COPIES_IN_FLIGHT) : "memory");
         mark_full(ring, stage - COPIES_IN_FLIGHT);
     }
 }
-__device__ __forceinline__ void finish_filling(Ring& ring, u32 stages) {
+__device__ __forceinline__ void finish_filling(Ring& ring, RingPosition end) {
+    u32 stages = end.stage();
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     for (u32 s = stages > COPIES_IN_FLIGHT ? stages - COPIES_IN_FLIGHT : 0; s < stages; ++s) mark_full(ring, s);
 }
 #else
-__device__ __forceinline__ void fill_stage(Ring& ring, u32 stage, const u8* source, u32 bytes) {
-    uint4* slot = (uint4*)(ring.slots + (stage % RING_STAGES) * STAGE_BYTES);
+__device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
+    uint4* slot = (uint4*)(ring.slots + at.slot * STAGE_BYTES);
     const uint4* from = (const uint4*)source;
     u32 count = bytes / 16;
-    u32 at = threadIdx.x % 32;
-    for (; at + 224 < count; at += 256) {
+    u32 first = threadIdx.x % 32;
+    for (; first + 224 < count; first += 256) {
         uint4 v[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = __ldg(from + at + 32 * i);
+        for (int i = 0; i < 8; ++i) v[i] = __ldg(from + first + 32 * i);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) slot[at + 32 * i] = v[i];
+        for (int i = 0; i < 8; ++i) slot[first + 32 * i] = v[i];
     }
-    for (; at < count; at += 32) slot[at] = __ldg(from + at);
-    mark_full(ring, stage);
+    for (; first < count; first += 32) slot[first] = __ldg(from + first);
+    mark_full(ring, at.stage());
 }
-__device__ __forceinline__ void finish_filling(Ring&, u32) {}
+__device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 #endif
 #endif
 
-__device__ __forceinline__ void wait_until_full(Ring& ring, u32 stage, Watchdog& watchdog) {
-    while (!stage_is_full(ring, stage)) watchdog.check();
+__device__ __forceinline__ void wait_until_full(Ring& ring, RingPosition at, Watchdog& watchdog) {
+    while (!stage_is_full(ring, at)) watchdog.check();
 }

@@ -1,7 +1,19 @@
-// Sums and maxima over the 32 lanes of a warp, and the barrier of the consumer warps.
+// Sums and maxima over the 32 lanes of a warp, the barrier of the consumer warps, and who gets how many registers.
 #pragma once
 
 #include "primitive/memory.cuh"
+
+// One warp streams weights. Where registers can be moved between groups of four warps, it brings three idle ones along,
+// and the consumers get what the four do not need: 232 in place of 168.
+#if __CUDA_ARCH__ >= 900
+constexpr int PRODUCER_WARPS = 4;
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+#else
+constexpr int PRODUCER_WARPS = 1;
+__device__ __forceinline__ void give_registers() {}
+__device__ __forceinline__ void take_registers() {}
+#endif
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -14,24 +26,43 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
+// Where this thread is. Volatile on purpose: all that is computed from these stays in the phase that asks. Otherwise the
+// compiler computes the addresses of every phase once, ahead of all tokens, and keeps them in local memory.
+__device__ __forceinline__ int thread_index() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+__device__ __forceinline__ int block_index() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+}
+
+// One step of warp_sum_scatter: WIDTH values are left to each lane, lanes OFFSET apart exchange halves.
+template <int WIDTH, int OFFSET, int N>
+__device__ __forceinline__ void halve(float (&v)[N], int lane) {
+    if constexpr (OFFSET > 0) {
+        if constexpr (WIDTH > 0) {
+            bool upper = lane & OFFSET;
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) {
+                float send = upper ? v[i] : v[i + WIDTH];
+                float keep = upper ? v[i + WIDTH] : v[i];
+                v[i] = keep + __shfl_xor_sync(0xFFFFFFFFu, send, OFFSET);
+            }
+        } else {
+            v[0] += __shfl_xor_sync(0xFFFFFFFFu, v[0], OFFSET);
+        }
+        halve<WIDTH / 2, OFFSET / 2>(v, lane);
+    }
+}
+
 // Sums N values over the warp at once (N a power of two up to 32) with N - 1 + log2(32 / N) shuffles in place of 5 N.
 // Lane l ends with the sum of value l * N / 32.
 template <int N>
-__device__ __forceinline__ float warp_sum_scatter(float (&v)[N]) {
-    int lane = threadIdx.x % 32;
-    int offset = 16;
-#pragma unroll
-    for (int width = N / 2; width; width /= 2) {
-        bool upper = lane & offset;
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            float send = upper ? v[i] : v[i + width];
-            float keep = upper ? v[i + width] : v[i];
-            v[i] = keep + __shfl_xor_sync(0xFFFFFFFFu, send, offset);
-        }
-        offset /= 2;
-    }
-    for (; offset; offset /= 2) v[0] += __shfl_xor_sync(0xFFFFFFFFu, v[0], offset);
+__device__ __forceinline__ float warp_sum_scatter(float (&v)[N], int lane) {
+    halve<N / 2, 16>(v, lane);
     return v[0];
 }
 

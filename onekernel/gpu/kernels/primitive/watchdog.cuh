@@ -3,15 +3,16 @@
 
 #include "primitive/memory.cuh"
 
-// Where a thread is; written into the report when a wait runs out. Keep in step with gpu/report.py.
-enum Phase : u32 { PHASE_NONE, PHASE_RING_FULL, PHASE_RING_EMPTY, PHASE_INPUT, PHASE_DELTA_RULE, PHASE_ATTENTION, PHASE_MERGE, PHASE_TOKEN };
+// Ends the launch with an error. A write to address 0 and not `trap`: where a kernel contains one, the compiler does not
+// let the consumer warps have more registers than they start with.
+__device__ __forceinline__ void fault() { asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
 
 struct Watchdog {
     u64* report;  // mapped host memory: one word, 0 while all is well
     u64 limit;    // nanoseconds that one wait may last
     u64 since;
     u32 spins;
-    u32 phase;
+    u32 phase;    // where the thread is: a Phase, and the layer; written into the report when a wait runs out
     u32 layer;
 
     __device__ __forceinline__ void enter(u32 new_phase, u32 new_layer) {
@@ -25,12 +26,13 @@ struct Watchdog {
         if ((++spins & 1023u) == 0) check_clock();
     }
 
-    __device__ __noinline__ void check_clock() {
+    // Inlined like everything else: a call would force the whole state of the thread into local memory.
+    __device__ __forceinline__ void check_clock() {
         u64 now = nanoseconds();
         if (spins == 1024u) since = now;
         if (now - since < limit) return;
         store_host64(report, (1ull << 63) | ((u64)phase << 48) | ((u64)layer << 32) | blockIdx.x);
         fence_system();
-        __trap();
+        fault();
     }
 };

@@ -35,7 +35,7 @@ class Running:
     session: Session
     stops: list[int]  # lengths of the prompt at which to take a snapshot, ascending
     kept: int  # tokens of the timeline that the cache holds a snapshot of
-    served_s: float  # engine time that it had, counted from the least served request when it came
+    served: float  # what it had of the engine, in tokens made, counted from the least served request when it came
     generated: int = 0
     in_first_part: bool = True  # the end token of `Request.interruption` has not come yet
 
@@ -46,7 +46,8 @@ class Running:
 
 
 class TimeSlices:
-    """Fair shares of engine time: the next slice goes to the request that had least so far."""
+    """Fair shares of the engine: the next slice goes to the request that had least so far. A token of a prompt counts
+    as the part of a made one that it usually takes."""
 
     def __init__(self, engine: Engine, cache: PrefixCache, others_wait: Callable[[], bool]) -> None:
         """Args:
@@ -82,7 +83,7 @@ class TimeSlices:
                 session,
                 sorted(stop for stop in stops if len(session) < stop <= len(request.prompt)),
                 len(session),
-                min((other.served_s for other in self.running), default=0.0),
+                min((other.served for other in self.running), default=0.0),
             )
         )
 
@@ -91,8 +92,8 @@ class TimeSlices:
 
         A request whose turn fails ends with the error; the others go on.
         """
-        turn = min(self.running, key=lambda running: running.served_s)
-        started_at = time.perf_counter()
+        turn = min(self.running, key=lambda running: running.served)
+        made, read = turn.generated, turn.unread
         try:
             if turn.ticket.cancelled:
                 self._end(turn, "cancelled")
@@ -107,7 +108,8 @@ class TimeSlices:
                 self._drop(turn, "error", error)
             else:  # the answer is complete, only its snapshot failed
                 self._remove(turn)
-        turn.served_s += time.perf_counter() - started_at
+        # Reckoned, not timed: a slice during which the machine did something else must not count against anybody.
+        turn.served += turn.generated - made + (read - turn.unread) * min(1.0, self._prefill_s / self._token_s)
 
     def end_all(self, reason: str) -> None:
         """End what still runs."""

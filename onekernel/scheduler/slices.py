@@ -22,7 +22,7 @@ from onekernel.scheduler.request import Ticket
 SLICE_TOKENS = 8  # of one slice while others wait for theirs
 SLICE_S = 0.05  # fewer, where tokens take long
 ALONE_TOKENS = 256  # while nobody waits: each slice costs the engine a new start. It ends when somebody comes.
-PREFILL_S = 0.25
+PREFILL_S = 0.1
 PREFILL_TOKENS = (32, 2048)  # least and most of one slice
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
 
@@ -42,7 +42,7 @@ class Running:
     @property
     def unread(self) -> int:
         """Tokens of the prompt that the session does not have yet."""
-        return len(self.ticket.request.prompt) - len(self.session)
+        return max(0, len(self.ticket.request.prompt) - len(self.session))
 
 
 class TimeSlices:
@@ -111,11 +111,6 @@ class TimeSlices:
         # Reckoned, not timed: a slice during which the machine did something else must not count against anybody.
         turn.served += turn.generated - made + (read - turn.unread) * min(1.0, self._prefill_s / self._token_s)
 
-    def end_all(self, reason: str) -> None:
-        """End what still runs."""
-        for turn in list(self.running):
-            self._drop(turn, reason)
-
     def _prefill(self, turn: Running) -> bool:
         """Read a part of the prompt. Returns False if decoding can start at once.
 
@@ -132,7 +127,7 @@ class TimeSlices:
             return False
         turn.session.prefill()
         if count >= least:
-            self._prefill_s = (time.perf_counter() - started_at) / count
+            self._prefill_s += 0.5 * ((time.perf_counter() - started_at) / count - self._prefill_s)
         if stop == len(turn.session):
             turn.stops.pop(0)
             self._keep(turn)

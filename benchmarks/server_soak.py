@@ -1,10 +1,12 @@
-"""Does the server stay as it is: 10,000 requests, then 1,000 connections that misbehave.
+"""Does the server stay as it is: 10,000 requests, 1,000 connections that misbehave, 200 streams at once.
 
-    python benchmarks/server_soak.py [--requests 10000] [--connections 1000] [--json FILE]
+    python benchmarks/server_soak.py [--requests 10000] [--connections 1000] [--streams 200] [--json FILE]
 
 The server is a process of its own (`onekernel serve`, the demo model on the CPU). Its resident memory is sampled while
 conversations of random lengths pass, streaming and not, some of them broken off. Then connections are opened that send
 a request and never read, or send one byte a second, and the latency of a good client is compared with and without them.
+At last many streams run at once. When the first of them ends, their shares are compared: Jain's index is 1 if all are
+equal, and 1/n if one has everything.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ WORDS = (
 
 
 @contextlib.contextmanager
-def served() -> Iterator[tuple[subprocess.Popen[str], int]]:
+def served(most_running: int) -> Iterator[tuple[subprocess.Popen[str], int]]:
     command = [sys.executable, "-m", "onekernel", "serve", "--backend", "cpu", "--port", "0"]
-    command += ["--cache-mib", str(CACHE_MIB), "--max-running", "8"]
+    command += ["--cache-mib", str(CACHE_MIB), "--max-running", str(most_running)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -172,19 +174,51 @@ async def misbehaving(port: int, count: int) -> dict[str, Any]:
     }
 
 
+async def shares(port: int, count: int) -> dict[str, Any]:
+    """Streams of equal length that begin together."""
+    tokens = [0] * count
+    at_first_end: list[int] = []
+
+    async def one(index: int) -> None:
+        fields = {"prompt": f"number {index} ", "max_tokens": 40, "stream": True, "ignore_eos": True}
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request("/v1/completions", {**fields, "logprobs": 0}))  # a list of the tokens in each chunk
+        while line := await reader.readline():
+            if line.startswith(b"data: {"):
+                logprobs = json.loads(line[6:])["choices"][0]["logprobs"]
+                tokens[index] += len(logprobs["tokens"]) if logprobs else 0
+            elif line.startswith(b"data: [DONE]") and not at_first_end:
+                at_first_end.extend(tokens)
+        writer.close()
+
+    started_at = time.perf_counter()
+    await asyncio.gather(*(one(i) for i in range(count)))
+    jain = sum(at_first_end) ** 2 / (count * sum(share**2 for share in at_first_end))
+    return {
+        "streams": count,
+        "tokens_each": sorted(set(tokens)),
+        "tokens_per_s": sum(tokens) / (time.perf_counter() - started_at),
+        "least_when_the_first_ended": min(at_first_end),
+        "jains_index": round(jain, 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--connections", type=int, default=1_000)
+    parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}"}
-    with served() as (process, port):
+    with served(8) as (process, port):
         result["soak"] = asyncio.run(many_requests(process, port, arguments.requests))
         result["misbehaving"] = asyncio.run(misbehaving(port, arguments.connections))
         result["resident_mib_at_the_end"] = round(resident_mib(process), 1)
         process.terminate()
         result["exit_code"] = process.wait(30)
+    with served(arguments.streams) as (process, port):
+        result["shares"] = asyncio.run(shares(port, arguments.streams))
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -157,6 +157,7 @@ def test_only_new_tokens_of_a_conversation_are_read() -> None:
         assert second.read() == expected((*first_prompt, *answer, *question), 1)
         # The last token of the answer was never consumed, and the new token is not.
         assert fake.consumed_in_all - had == 1 + len(question)
+        assert scheduler.prefilled == len(first_prompt) + len(question)
         assert second.ticket.cached_tokens == len(first_prompt) + len(answer)
 
 

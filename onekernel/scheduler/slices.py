@@ -22,7 +22,7 @@ from onekernel.scheduler.request import Ticket
 SLICE_TOKENS = 8  # of one slice while others wait for theirs
 SLICE_S = 0.05  # fewer, where tokens take long
 ALONE_TOKENS = 256  # while nobody waits: each slice costs the engine a new start. It ends when somebody comes.
-PREFILL_S = 0.25
+PREFILL_S = 0.1
 PREFILL_TOKENS = (32, 2048)  # least and most of one slice
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
 
@@ -35,18 +35,19 @@ class Running:
     session: Session
     stops: list[int]  # lengths of the prompt at which to take a snapshot, ascending
     kept: int  # tokens of the timeline that the cache holds a snapshot of
-    served_s: float  # engine time that it had, counted from the least served request when it came
+    served: float  # what it had of the engine, in tokens made, counted from the least served request when it came
     generated: int = 0
     in_first_part: bool = True  # the end token of `Request.interruption` has not come yet
 
     @property
     def unread(self) -> int:
         """Tokens of the prompt that the session does not have yet."""
-        return len(self.ticket.request.prompt) - len(self.session)
+        return max(0, len(self.ticket.request.prompt) - len(self.session))
 
 
 class TimeSlices:
-    """Fair shares of engine time: the next slice goes to the request that had least so far."""
+    """Fair shares of the engine: the next slice goes to the request that had least so far. A token of a prompt counts
+    as the part of a made one that it usually takes."""
 
     def __init__(self, engine: Engine, cache: PrefixCache, others_wait: Callable[[], bool]) -> None:
         """Args:
@@ -82,7 +83,7 @@ class TimeSlices:
                 session,
                 sorted(stop for stop in stops if len(session) < stop <= len(request.prompt)),
                 len(session),
-                min((other.served_s for other in self.running), default=0.0),
+                min((other.served for other in self.running), default=0.0),
             )
         )
 
@@ -91,8 +92,8 @@ class TimeSlices:
 
         A request whose turn fails ends with the error; the others go on.
         """
-        turn = min(self.running, key=lambda running: running.served_s)
-        started_at = time.perf_counter()
+        turn = min(self.running, key=lambda running: running.served)
+        made, read = turn.generated, turn.unread
         try:
             if turn.ticket.cancelled:
                 self._end(turn, "cancelled")
@@ -107,12 +108,8 @@ class TimeSlices:
                 self._drop(turn, "error", error)
             else:  # the answer is complete, only its snapshot failed
                 self._remove(turn)
-        turn.served_s += time.perf_counter() - started_at
-
-    def end_all(self, reason: str) -> None:
-        """End what still runs."""
-        for turn in list(self.running):
-            self._drop(turn, reason)
+        # Reckoned, not timed: a slice during which the machine did something else must not count against anybody.
+        turn.served += turn.generated - made + (read - turn.unread) * min(1.0, self._prefill_s / self._token_s)
 
     def _prefill(self, turn: Running) -> bool:
         """Read a part of the prompt. Returns False if decoding can start at once.
@@ -130,7 +127,7 @@ class TimeSlices:
             return False
         turn.session.prefill()
         if count >= least:
-            self._prefill_s = (time.perf_counter() - started_at) / count
+            self._prefill_s += 0.5 * ((time.perf_counter() - started_at) / count - self._prefill_s)
         if stop == len(turn.session):
             turn.stops.pop(0)
             self._keep(turn)

@@ -195,6 +195,10 @@ class Service:
         self.end_tokens = model.stop_tokens
         self.started_at = time.time()
         self.device = device_name(model.engine.name)
+        try:  # the first request need not wait for the template to be compiled
+            model.render([{"role": "user", "content": ""}])
+        except OnekernelError as error:
+            log.warning("conversations cannot be answered, only plain text: %s", error)
         self._turn_start = model.tokenizer.token_id(TURN_START)
         self._think_end = model.tokenizer.token_id(THINK_END)
 

@@ -76,7 +76,7 @@ def test_an_answer_is_streamed_and_shown_safely(tab: Tab, scripted, tmp_path: Pa
     server = scripted(ANSWER, delay=0.004)
     open_page(tab, server)
     assert tab.run("document.getElementById('model').textContent") == "demo"
-    assert "CPU" in tab.run("document.getElementById('device').textContent")
+    assert server.service.device in tab.run("document.getElementById('device').textContent")
     send(tab, "Show me a sample.")
     tab.wait("document.querySelector('article.assistant .body').textContent.length > 5")
     assert tab.run("running()"), "the answer came all at once"

@@ -70,7 +70,8 @@ FAULTS = {
     "errors: overflow code": "the code of the error is None, not 'context_length_exceeded'",
     "errors: path": "an unknown path is answered by 200 instead of 404",
     "keys: 403": "chat: a wrong key is answered by 403 instead of 401",
-    "does not stop": "the server still generates",
+    "does not stop": "after the client of a stream has left",
+    "does not stop, whole": "after the client of an answer that is not streamed has left",
     "does not stop, no metrics": "the server still generates after its clients have left",
     "models: empty id": "a model has no id",
     "health: 500": "GET /health answers 500",
@@ -239,6 +240,9 @@ class SmallServer:
         if called:
             message = {"role": "assistant", "content": None, "tool_calls": [self.chat_call()]}
             reason = "stop" if self.has("chat: finish_reason of a call") else "tool_calls"
+        if self.has("does not stop, whole"):
+            async for _ in self.generate(words):
+                pass
         async with self.engine:
             choice = {"index": 0, "message": message, "finish_reason": reason}
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})

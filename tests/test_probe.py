@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from small_server import FAULTS, MODEL, running
 
 from onekernel.cli import main
 from onekernel.errors import InvalidRequest, OnekernelError
+from onekernel.probe import chat, messages, responses
+from onekernel.probe.findings import Findings
 from onekernel.probe.run import CHECKS, run
+from onekernel.probe.target import EventStream, Target
 
 # Faults of one API are looked for with the checks of that API: the others have nothing to do with it.
 CHECKS_OF = {
     "chat: buffered": ["ttft"],
     "does not stop": ["cancellation"],
+    "does not stop, whole": ["cancellation"],
     "does not stop, no metrics": ["cancellation"],
 }
 
@@ -47,6 +54,58 @@ def test_a_planted_fault_is_named(fault: str) -> None:
     sentences = [sentence for result in report.results for sentence in result.faults]
     assert any(FAULTS[fault] in sentence for sentence in sentences), sentences
     assert report.exit_code == 1
+
+
+EVENTS = {
+    "chat": (chat.PATH, chat.request, chat.check_stream, chat.check_answer),
+    "responses": (responses.PATH, responses.request, responses.check_stream, responses.check_answer),
+    "messages": (messages.PATH, messages.request, messages.check_stream, messages.check_answer),
+}
+
+
+@pytest.mark.parametrize("api", EVENTS)
+def test_no_answer_is_too_strange_to_be_judged(api: str) -> None:
+    """Whatever a server puts in the place of whatever it should send: that is a fault, never a crash of the probe."""
+    path, request, check_stream, check_answer = EVENTS[api]
+    with running() as url:
+        target = Target(url, MODEL)
+        right = target.stream(path, request(target, **{"stream_options": {"include_usage": True}}))
+        whole = target.post(path, request(target))
+        target.close()
+    events = [right.events[i] for i in (*range(5), *range(-5, 0))]
+    strange = (None, True, -1, 1.5, "", "x", [], [[]], {}, {"type": {}}, [{"index": []}])
+
+    def places(value: object) -> Iterator[tuple[object, object]]:
+        """(container, key) of all values within."""
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in entries:
+            yield value, key
+            yield from places(inner)
+
+    def judged(stream: EventStream) -> Findings:
+        findings = Findings()
+        check_stream(stream, findings)
+        return findings
+
+    tried = 0
+    for i, event in enumerate(events):
+        for j in range(len(list(places(event.data)))):
+            for value in strange:
+                data = copy.deepcopy(event.data)
+                container, key = list(places(data))[j]
+                container[key] = value
+                changed = [*events[:i], replace(event, data=data), *events[i + 1 :]]
+                judged(replace(right, events=changed))
+                tried += 1
+        for value in strange:
+            judged(replace(right, events=[*events[:i], replace(event, data=value), *events[i + 1 :]]))
+    for j in range(len(list(places(whole.data)))):
+        for value in strange:
+            data = copy.deepcopy(whole.data)
+            container, key = list(places(data))[j]
+            container[key] = value
+            check_answer(replace(whole, data=data), Findings())
+    assert tried > 500
 
 
 def test_the_table_names_check_and_fault(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def ask(url: str, key: str | None = None, model: str | None = None) -> Server:
     try:
         # trust_env=False: a proxy of the environment has no business between us and a local server.
         answer = httpx2.get(f"{url}/v1/models", headers=headers, timeout=10, trust_env=False)
-    except httpx2.TransportError as error:
+    except httpx2.RequestError as error:
         raise OnekernelError(
             f"no server answers at {url} ({error}): start one with `onekernel serve`, or name it with --url"
         ) from None

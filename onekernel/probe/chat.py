@@ -68,7 +68,7 @@ def check_stream(stream: EventStream, findings: Findings, *, usage: bool = True)
     for chunk in chunks:
         _check_top(chunk, "chat.completion.chunk", findings)
         findings.require(isinstance(chunk.get("choices"), list), "a chunk has no list of choices")
-    findings.require(len({chunk.get("id") for chunk in chunks}) <= 1, "the id differs from chunk to chunk")
+    findings.require(len({shown(chunk.get("id")) for chunk in chunks}) <= 1, "the id differs from chunk to chunk")
     _check_deltas(chunks, findings)
     with_usage = [chunk for chunk in chunks if chunk.get("usage")]
     if usage and findings.require(with_usage, "usage is missing, though stream_options.include_usage asked for it"):
@@ -280,5 +280,5 @@ def concurrent(target: Target, findings: Findings) -> None:
         else:
             check_stream(stream, findings)
     ids = [at(stream.events, 0) and stream.events[0].data for stream in streams if stream.status == 200]
-    names = [at(chunk, "id") for chunk in ids]
+    names = [shown(at(chunk, "id")) for chunk in ids]
     findings.require(len(set(names)) == len(names), "two answers have the same id")

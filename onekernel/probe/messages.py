@@ -46,7 +46,7 @@ def check_answer(answer: Answer, findings: Findings) -> None:
     if findings.require(isinstance(message.get("content"), list) and message["content"], "the answer has no content"):
         for block in message["content"]:
             kind = at(block, "type")
-            findings.require(kind in DELTAS, f"a block of the content has the type {shown(kind)}")
+            findings.require(kind in tuple(DELTAS), f"a block of the content has the type {shown(kind)}")
     _check_usage(message.get("usage"), findings)
 
 
@@ -88,7 +88,7 @@ def _check_blocks(events: list[Event], findings: Findings) -> None:
             findings.require(not is_open, "a block starts before the one before has stopped")
             findings.require(index == started, f"the index of a block is {shown(index)} instead of {started}")
             kind, is_open, started = at(data, "content_block", "type"), True, started + 1
-            findings.require(kind in DELTAS, f"a block has the type {shown(kind)}")
+            findings.require(kind in tuple(DELTAS), f"a block has the type {shown(kind)}")
             if kind == "tool_use":
                 named = at(data, "content_block", "id") and at(data, "content_block", "name")
                 findings.require(named, "a tool_use block has no id or no name")
@@ -162,9 +162,9 @@ def tools(target: Target, findings: Findings) -> None:
 
 
 def _check_streamed_calls(events: list[Any], findings: Findings) -> None:
-    pieces: dict[Any, str] = {}
+    pieces: dict[str, str] = {}
     for event in events:
-        index = at(event, "index")
+        index = shown(at(event, "index"))
         if at(event, "content_block", "type") == "tool_use":
             tool.check_name(at(event, "content_block", "name"), findings)
             pieces[index] = ""

@@ -98,19 +98,19 @@ def check_stream(stream: EventStream, findings: Findings) -> None:
     last = events[-1].data
     if kinds[-1] in LAST[:2]:
         check_response(last.get("response"), findings)
-        done = [event.data.get("item") for event in events if event.data["type"] == "response.output_item.done"]
+        done = [event.data.get("item") for event in events if event.data.get("type") == "response.output_item.done"]
         findings.require(done, "response.output_item.done never comes")
         whole = items(at(last, "response", "output"))
         same = [at(item, "id") for item in whole] == [at(item, "id") for item in done]
         findings.require(same, "the output of the last event is not the items that were done")
-    ids = {at(event.data, "response", "id") for event in events if "response" in event.data}
+    ids = {shown(at(event.data, "response", "id")) for event in events if "response" in event.data}
     findings.require(len(ids) <= 1, "the id of the response changes within the stream")
 
 
 def _check_order(events: list[Event], findings: Findings) -> None:
-    open_items: dict[Any, set[str]] = {}  # output_index -> kinds of events that came for it
+    open_items: dict[str, set[str]] = {}  # output_index -> kinds of events that came for it
     for event in events:
-        kind, index = event.data.get("type"), event.data.get("output_index")
+        kind, index = str(event.data.get("type")), shown(event.data.get("output_index"))
         if kind in LAST:
             unfinished = [i for i, seen in open_items.items() if "response.output_item.done" not in seen]
             findings.require(not unfinished, "an item was added and is never done")
@@ -128,10 +128,10 @@ def _check_pieces(events: list[Event], findings: Findings) -> None:
         ("response.output_text.delta", "response.output_text.done", "text"),
         ("response.function_call_arguments.delta", "response.function_call_arguments.done", "arguments"),
     ):
-        pieces: dict[Any, str] = {}
+        pieces: dict[str, str] = {}
         for event in events:
             data = event.data
-            place = (data.get("output_index"), data.get("content_index"))
+            place = shown((data.get("output_index"), data.get("content_index")))
             if data.get("type") == delta:
                 piece = data.get("delta")
                 if findings.require(isinstance(piece, str), f"the delta of {delta} is not a string"):

@@ -133,7 +133,7 @@ def _check(name: str, target: Target, wanted: bool) -> Result:
         else:
             absent = True
             findings.note(str(error))
-    except httpx2.TransportError as error:
+    except httpx2.RequestError as error:
         findings.fault(f"the connection failed ({type(error).__name__}: {error})")
     status = "fault" if findings.faults else "absent" if absent else "ok"
     seconds = round(time.perf_counter() - began, 3)

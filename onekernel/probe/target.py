@@ -82,6 +82,14 @@ class Target:
             raise Absent(f"POST {path} answers {answer.status}")
         return answer
 
+    def leave(self, path: str, body: Mapping[str, Any], after_s: float) -> bool:
+        """Ask, and close the connection after so many seconds; whether that was before the answer came."""
+        try:
+            self._client.post(path, content=_encoded(body), headers=self.headers(), timeout=after_s)
+        except httpx2.TimeoutException:
+            return True
+        return False
+
     def stream(self, path: str, body: Mapping[str, Any], most_events: int | None = None) -> EventStream:
         """All events of an answer, or the first `most_events`, after which the connection is closed.
 
@@ -103,7 +111,7 @@ class Target:
                     stream.events.append(event)
                     if len(stream.events) == most_events:
                         break
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 stream.broken = f"{type(error).__name__}: {error}"
         stream.seconds = time.perf_counter() - began
         return stream
@@ -121,7 +129,7 @@ def parsed(text: str) -> Any:
     """The value of a JSON text, or None if it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -32,7 +32,7 @@ def first_token(target: Target, findings: Findings) -> None:
             return
         firsts.append(times[0])
         counts = [at(event.data, "usage", "completion_tokens") for event in stream.events]
-        made = sum(count for count in counts if is_count(count))
+        made = max((count for count in counts if is_count(count)), default=0)
         if made > 1 and times[-1] > times[0]:
             rates.append((made - 1) / (times[-1] - times[0]))
         if stream.seconds > SHORT_S and times[0] > LATE * stream.seconds and len(times) > 4:
@@ -48,18 +48,23 @@ def cancellation(target: Target, findings: Findings) -> None:
     if before is None:
         _cancellation_unseen(target, findings)
         return
-    stream = _begin(target)
-    if not _is_long(stream, findings):
-        return
+    if _is_long(_begin(target), findings):
+        _watch(target, before[0], "a stream", findings)
+    if target.leave(chat.PATH, chat.request(target, LONG_TASK, max_tokens=10_000), LOOK_S):
+        _watch(target, before[0], "an answer that is not streamed", findings)
+    findings.note("seen in /metrics")
+
+
+def _watch(target: Target, before: float, what: str, findings: Findings) -> None:
+    """Until no more requests run than before, and no more tokens are made."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         _, tokens = _metrics(target) or (0.0, 0.0)
         time.sleep(LOOK_S)
         later = _metrics(target) or (0.0, 0.0)
-        if later[0] <= before[0] and later[1] == tokens:
-            findings.note("seen in /metrics")
+        if later[0] <= before and later[1] == tokens:
             return
-    findings.fault(f"the server still generates {PATIENCE_S:g} s after its client has left")
+    findings.fault(f"the server still generates {PATIENCE_S:g} s after the client of {what} has left")
 
 
 def _cancellation_unseen(target: Target, findings: Findings) -> None:

@@ -3,7 +3,7 @@
 import onekernel
 
 model = onekernel.load("demo")
-print(model.generate("def fibonacci(n):").text)
+print(model.generate("def bisect_right(a, x,").text)
 """
 
 from __future__ import annotations

@@ -48,19 +48,18 @@ class Conversation:
     def ask(self, text: str) -> Iterator[Chunk]:
         """Stream the answer to `text`. Question and answer, whole or broken off, join the messages.
 
-        If the question cannot be asked (say it does not fit into the context), the conversation stays as it was.
+        A question that cannot be asked (say it does not fit into the context) leaves the conversation as it was.
+
+        Raises:
+            InvalidRequest: the question does not fit, or an answer is still running.
+            BackendError: the backend failed. What it said before joins the messages.
         """
         started_at = time.perf_counter()
         self._cancelled.clear()
-        self.messages.append({"role": "user", "content": text})
-        try:
-            self._read_messages()
-            stream = self._model.continue_session(
-                self._session, self._sampling, self._max_tokens, self._stop, started_at
-            )
-        except InvalidRequest:
-            self.messages.pop()
-            raise
+        question = {"role": "user", "content": text}
+        self._read([*self.messages, question])
+        stream = self._model.continue_session(self._session, self._sampling, self._max_tokens, self._stop, started_at)
+        self.messages.append(question)
         if self._cancelled.is_set():  # while the prompt was being read
             stream.cancel()
         try:
@@ -75,12 +74,12 @@ class Conversation:
         self._cancelled.set()
         self._session.cancel()
 
-    def _read_messages(self) -> None:
-        """Bring the session to the prompt of the next answer."""
+    def _read(self, messages: list[dict[str, Any]]) -> None:
+        """Bring the session to the prompt of the answer that follows `messages`."""
         encode, render = self._model.tokenizer.encode, self._model.render
-        prompt = encode(render(self.messages, thinking=self._thinking))
+        prompt = encode(render(messages, thinking=self._thinking))
         # All turns to come start like this one up to here; what follows (the opening of the answer) may differ.
-        stable = encode(render(self.messages, thinking=self._thinking, add_generation_prompt=False))
+        stable = encode(render(messages, thinking=self._thinking, add_generation_prompt=False))
         if not _starts_with(prompt, self._session.tokens):
             if self._before_answer is not None and _starts_with(prompt, self._before_answer.tokens):
                 self._session.restore(self._before_answer)

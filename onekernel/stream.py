@@ -73,9 +73,16 @@ class Stream:
         self._tokens: list[SampledToken] = []
         self._text: list[str] = []
         self._stopped = False
+        self._started = False
         self._sampled = session.stream(sampling, max_tokens, stop_tokens)
 
     def __iter__(self) -> Iterator[Chunk]:
+        if self._started:
+            raise InvalidRequest("the stream was iterated over before: ask the model for a new one")
+        self._started = True
+        return self._chunks()
+
+    def _chunks(self) -> Iterator[Chunk]:
         # A generator that nothing else refers to: when a loop over it is left, it is closed at once.
         with closing(self._sampled):
             for token in self._sampled:

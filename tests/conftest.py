@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,6 +34,12 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
     "{%- endif -%}"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_works() -> None:
+    """A shell lets the commands that it starts in the background ignore ctrl-C, and so all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def test_every_sampling_flag_reaches_the_parameters(make_model, loaded, capsys, 
     flags |= {"frequency_penalty": 0.3, "repetition_penalty": 1.1, "logprobs": 0}
     assert set(flags) == {name for name, *_ in options.SAMPLING}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["generate", PROMPT, *words, "--logit-bias", "3=-inf", "--logit-bias", "4=1.5"]) == 0
+    assert main(["generate", PROMPT, "--json", *words, "--logit-bias", "3=-inf", "--logit-bias", "4=1.5"]) == 0
     assert {name: seen[name] for name in flags} == flags
     assert seen["logit_bias"] == {3: float("-inf"), 4: 1.5}
 
@@ -93,6 +93,14 @@ def test_every_sampling_flag_reaches_the_parameters(make_model, loaded, capsys, 
         (["generate"], "the following arguments are required: PROMPT"),
         (["generate", "x", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["generate", "x", "--logit-bias", "7"], "argument --logit-bias: '7' is not ID=X, a token id and a number"),
+        (["generate", "x", "--temprature", "1"], "unknown option --temprature: did you mean '--temperature'?"),
+        (["generate", "x", "--max-token=3"], "unknown option --max-token: did you mean '--max-tokens'?"),
+        (["generate", "two", "words"], "one argument too many: 'words' (quote a text that holds spaces)"),
+        (["chat", "--logprobs", "3"], "unknown option --logprobs"),
+        (["--verison"], "unknown option --verison: did you mean '--version'?"),
+        (["generate", "x", "--max-tokens", "0"], "argument --max-tokens: '0' is not a number of at least 1"),
+        (["chat", "--max-context", "few"], "argument --max-context: 'few' is not a number of at least 1"),
+        (["generate", "x", "--stop", ""], "argument --stop: the text to stop at is empty"),
         (["generate", "x", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     ],
 )
@@ -131,6 +139,21 @@ def test_an_invalid_value_exits_2_and_a_failure_exits_1(make_model, loaded, caps
     monkeypatch.setattr(onekernel.api, "load", fail)
     assert main(["generate", PROMPT]) == 1
     assert capsys.readouterr().err == "onekernel: the file is broken\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--top-p", "2"], "top_p = 2.0 must be greater than 0 and at most 1"),
+        (["chat", "--seed", "-1"], "seed = -1 must be an integer between 0 and 2**64 - 1"),
+        (["generate", ""], "the prompt is empty: give a text to continue"),
+        (["generate", "x", "--logprobs", "3"], "--logprobs is shown with --json only: add it"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_the_model_is_loaded(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(onekernel.api, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"onekernel: {message}\n"
 
 
 def test_ctrl_c_exits_130(capsys, monkeypatch) -> None:
@@ -231,6 +254,45 @@ def test_a_closed_pipe_is_quiet(unbuffered: str) -> None:
     _, errors = process.communicate()
     assert errors == ""
     assert process.returncode == 1
+
+
+def test_text_that_the_terminal_cannot_show_is_no_crash(random_folder: Path) -> None:
+    """Random weights answer with bytes that are no text; here they would be U+FFFD."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = ("generate", "x", "--model", str(random_folder), "--max-tokens", "20", "--backend", "cpu")
+    output, errors = onekernel_process(*arguments, env=environment).communicate()
+    assert "?" in output
+    assert "Traceback" not in errors
+    assert "20 tokens" in errors
+
+
+def test_input_that_is_not_utf_8_is_refused(random_folder: Path) -> None:
+    arguments = ("generate", "-", "--model", str(random_folder), "--backend", "cpu")
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "onekernel", *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        _, errors = process.communicate(b"caf\xe9")
+    assert process.returncode == 2
+    assert b"at character 3, which is no character (half of a surrogate pair, or input that was not UTF-8)" in errors
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows delivers ctrl-C to the whole console")
+def test_ctrl_c_ends_a_generation_and_keeps_what_was_printed() -> None:
+    process = onekernel_process("generate", "def f(", "--max-tokens", "20000", "--backend", "cpu")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
 
 
 def test_version(capsys) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onekernel.backend import cpu
 from onekernel.backend.base import Backend
@@ -191,6 +193,60 @@ def test_snapshot_and_restore_are_exact(backend: CpuBackend) -> None:
         logits = backend.logits(backend.restore(snapshot), [5, 6])
         assert list(backend.generate(restored, [1], tokens, SAMPLED, 20, NEVER)) == expected
         np.testing.assert_array_equal(backend.logits(backend.restore(snapshot), [5, 6]), logits)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("prefill"), st.integers(1, 70)),
+        st.tuples(st.just("generate"), st.integers(1, 4)),
+        st.tuples(st.just("logits"), st.integers(1, 3)),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(STEPS, STEPS, st.integers(0, 5))
+def test_a_restored_state_goes_on_bit_for_bit_whatever_the_original_did(
+    parameters: Parameters, steps: list[tuple[str, int]], detour: list[tuple[str, int]], at: int
+) -> None:
+    """`steps` without interruption, against the same with a snapshot amid them, a detour, and the way back."""
+    backend = CpuBackend(parameters, VOCABULARY)
+
+    def go(state: State, steps: list[tuple[str, int]], seed: int) -> list[object]:
+        results: list[object] = []
+        for number, (step, count) in enumerate(steps):
+            tokens = prompt(count, seed=seed + number)
+            if step == "prefill":
+                backend.prefill(state, tokens)
+            elif step == "generate":
+                results += backend.generate(state, tokens[:1], [], SAMPLED, count, NEVER)
+            else:
+                results.append(backend.logits(state, tokens).tobytes())
+        return [*results, state.position, backend.logits(state.copy(), [1]).tobytes()]
+
+    at = min(at, len(steps))
+    plain = backend.new_state()
+    go(plain, steps[:at], 0)
+    expected = go(plain, steps[at:], 100)
+
+    state = backend.new_state()
+    go(state, steps[:at], 0)
+    snapshot = backend.snapshot(state)
+    go(state, detour, 200)
+    first, second = backend.restore(snapshot), backend.restore(snapshot)
+    backend.prefill(second, prompt(3, seed=400))
+    backend.prefill(first, prompt(4, seed=401))  # at the same positions as the other one
+    following = [backend.logits(state, [7]) for state in (second, first)]
+    for state, tokens, logits in zip(
+        (second, first), (prompt(3, seed=400), prompt(4, seed=401)), following, strict=True
+    ):
+        alone = backend.restore(snapshot)
+        backend.prefill(alone, tokens)
+        np.testing.assert_array_equal(backend.logits(alone, [7]), logits)
+        assert state.position == alone.position
+    assert go(backend.restore(snapshot), steps[at:], 100) == expected
 
 
 def test_long_prompts_go_in_chunks(parameters: Parameters, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm, l2norm
 
 from onekernel.checkpoint.shape import Shape
@@ -19,7 +22,7 @@ from onekernel.reference.state import KeyValueCache, State
 
 TOLERANCE = 1e-5  # norm of the difference over norm
 LENGTHS = (1, 5, 63, 64, 65, 200)
-VARIANTS = [(1, True), (2, False), (3, True), (3, False)]  # value heads per key head, tied
+VARIANTS = [(ratio, tied) for ratio in (1, 2, 3) for tied in (True, False)]  # value heads per key head
 
 
 class Weight:
@@ -76,7 +79,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 @cache
 def pair(ratio: int, tied: bool) -> tuple[Qwen3_5ForCausalLM, Parameters]:
     """The same random model twice: transformers' and ours."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the tests run beside each other
     config = make_config(ratio, tied)
     theirs = Qwen3_5ForCausalLM(config).eval()
     randomise(theirs, seed=ratio)
@@ -89,9 +92,12 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 300, count).tolist()
 
 
-def their_logits(theirs: Qwen3_5ForCausalLM, tokens: list[int]) -> np.ndarray:
+@cache
+def their_logits(ratio: int, tied: bool, length: int, seed: int) -> np.ndarray:
+    """transformers' logits of `random_tokens(length, seed)`."""
+    theirs, _ = pair(ratio, tied)
     with torch.no_grad():
-        return theirs(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+        return theirs(torch.tensor([random_tokens(length, seed)]), use_cache=False).logits[0].numpy()
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -102,12 +108,12 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("ratio", "tied"), VARIANTS)
 def test_prefill_equals_transformers(ratio: int, tied: bool) -> None:
-    theirs, parameters = pair(ratio, tied)
+    _, parameters = pair(ratio, tied)
     for length in LENGTHS:
         tokens = random_tokens(length, seed=length)
         state = State.empty(parameters.shape)
         ours = model.forward(parameters, state, tokens, all_logits=True)
-        assert relative_error(ours, their_logits(theirs, tokens)) <= TOLERANCE, length
+        assert relative_error(ours, their_logits(ratio, tied, length, seed=length)) <= TOLERANCE, length
         assert state.position == length
         last = model.forward(parameters, State.empty(parameters.shape), tokens)
         assert relative_error(last, ours[-1]) <= 1e-6
@@ -116,11 +122,28 @@ def test_prefill_equals_transformers(ratio: int, tied: bool) -> None:
 @pytest.mark.parametrize(("ratio", "tied"), VARIANTS)
 @pytest.mark.parametrize("split", [1, 2, 3, 63, 64, 65, 130, 199])
 def test_split_anywhere_equals_transformers(ratio: int, tied: bool, split: int) -> None:
-    theirs, parameters = pair(ratio, tied)
-    tokens = random_tokens(200, seed=7)
+    check_split(ratio, tied, [split])
+
+
+def test_every_split_equals_transformers() -> None:
+    for split in range(1, 130):
+        check_split(3, False, [split], length=130)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(VARIANTS), st.sets(st.integers(1, 199), min_size=2, max_size=8))
+def test_any_split_into_parts_equals_transformers(variant: tuple[int, bool], splits: set[int]) -> None:
+    check_split(*variant, sorted(splits))
+
+
+def check_split(ratio: int, tied: bool, splits: list[int], length: int = 200) -> None:
+    """Prefill of `length` tokens, part by part."""
+    _, parameters = pair(ratio, tied)
+    tokens = random_tokens(length, seed=7)
     state = State.empty(parameters.shape)
-    parts = [model.forward(parameters, state, part, all_logits=True) for part in (tokens[:split], tokens[split:])]
-    assert relative_error(np.concatenate(parts), their_logits(theirs, tokens)) <= TOLERANCE
+    parts = [tokens[start:end] for start, end in pairwise([0, *splits, length])]
+    ours = np.concatenate([model.forward(parameters, state, part, all_logits=True) for part in parts])
+    assert relative_error(ours, their_logits(ratio, tied, length, seed=7)) <= TOLERANCE, splits
 
 
 @pytest.mark.parametrize(("ratio", "tied"), VARIANTS)
@@ -131,11 +154,12 @@ def test_decode_equals_transformers(ratio: int, tied: bool) -> None:
     state = State.empty(parameters.shape)
     ours = [model.forward(parameters, state, tokens[:70])]
     ours += [model.forward(parameters, state, [token]) for token in tokens[70:]]
-    assert relative_error(np.stack(ours), their_logits(theirs, tokens)[69:]) <= TOLERANCE
+    assert relative_error(np.stack(ours), their_logits(ratio, tied, 100, seed=9)[69:]) <= TOLERANCE
+    their_cache = DynamicCache(config=theirs.config)
     with torch.no_grad():
-        result = theirs(torch.tensor([tokens[:70]]), use_cache=True)
-        for position in range(70, 100):
-            result = theirs(torch.tensor([[tokens[position]]]), past_key_values=result.past_key_values)
+        theirs(torch.tensor([tokens[:70]]), cache=their_cache)
+        for token in tokens[70:]:
+            result = theirs(torch.tensor([[token]]), cache=their_cache)
     assert relative_error(ours[-1], result.logits[0, -1].numpy()) <= TOLERANCE
 
 

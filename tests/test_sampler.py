@@ -55,11 +55,60 @@ def test_frequencies(temperature: float, top_k: int, top_p: float, min_p: float)
     draws = 6000
     counts = np.bincount([sampler.choose(LOGITS, p).id for p in range(draws)], minlength=VOCABULARY)
     assert not counts[probabilities == 0].any()
-    common = probabilities * draws >= 5
+    assert chi_square(counts, probabilities) > 1e-3
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """The p-value of `counts` under `probabilities`; outcomes that are expected less than 5 times count as one."""
+    expected = probabilities * counts.sum()
+    common = expected >= 5
     observed = np.append(counts[common], counts[~common].sum())
-    expected = np.append(probabilities[common], probabilities[~common].sum()) * draws
+    expected = np.append(expected[common], expected[~common].sum())
     filled = expected > 0
-    assert stats.chisquare(observed[filled], expected[filled]).pvalue > 1e-3
+    assert not observed[~filled].any()
+    return float(stats.chisquare(observed[filled], expected[filled]).pvalue)
+
+
+def test_frequencies_over_seeds() -> None:
+    """Many requests, each with a seed of its own, sample the same position: neighbouring and random seeds."""
+    probabilities = expected_probabilities(1.2, 12, 0.95, 0)
+    random = np.random.default_rng(8).integers(0, 2**64, 4000, np.uint64)
+    for seeds in (range(4000), [int(seed) for seed in random]):
+        params = [SamplingParams(temperature=1.2, top_k=12, top_p=0.95, seed=seed) for seed in seeds]
+        chosen = [Sampler(each, VOCABULARY).choose(LOGITS, 17).id for each in params]
+        assert chi_square(np.bincount(chosen, minlength=VOCABULARY), probabilities) > 1e-3
+
+
+def test_frequencies_of_neighbours() -> None:
+    """The tokens at two consecutive positions are independent of each other."""
+    logits = np.array([0.5, 0, -0.5, 1, 0.2], np.float32)
+    single = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    sampler = Sampler(SamplingParams(temperature=1, seed=99), 5)
+    chosen = np.array([sampler.choose(logits, position).id for position in range(12000)])
+    pairs = np.bincount(5 * chosen[::2] + chosen[1::2], minlength=25)
+    assert chi_square(pairs, np.outer(single, single).ravel().astype(np.float64)) > 1e-3
+
+
+def test_frequencies_with_penalties_and_bias() -> None:
+    """Of the second token, after a first one that is certain: the logits are adjusted before the draw."""
+    base = np.array([1.0, 0.5, 0, -0.5, 2.0], np.float32)
+    certain = np.array([0, 0, 90, 0, 0], np.float32)
+    adjusted = base.astype(np.float64).copy()
+    adjusted[[0, 4]] /= 1.3  # in the prompt, positive
+    adjusted[3] *= 1.3  # in the prompt, negative
+    adjusted[2] = adjusted[2] / 1.3 - 0.4 - 0.2  # generated once
+    adjusted[1] += 0.7
+    expected = np.exp(adjusted / 0.9) / np.exp(adjusted / 0.9).sum()
+    counts = np.zeros(5, np.int64)
+    for seed in range(5000):
+        params = SamplingParams(
+            temperature=0.9, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2,
+            logit_bias={1: 0.7}, seed=seed,
+        )  # fmt: skip
+        sampler = Sampler(params, 5, prompt=[0, 3, 4])
+        assert sampler.choose(certain, 10).id == 2
+        counts[sampler.choose(base, 11).id] += 1
+    assert chi_square(counts, expected) > 1e-3
 
 
 def test_noise_is_gumbel_and_independent() -> None:

@@ -45,7 +45,10 @@ class LocalModel:
 
 
 def resolve(model: str, *, download: bool = True) -> Path:
-    """The folder of `model`, downloading what is missing (with a progress bar; an interrupted download resumes).
+    """The folder of `model`, downloading what is missing.
+
+    With a progress bar. A connection that breaks is taken up where it broke; files that are complete are never
+    downloaded again, so a download that was interrupted goes on with the next file.
 
     Args:
         model: "demo", the path of a folder, or a hub name "owner/name", with "@revision" if wanted.
@@ -56,8 +59,8 @@ def resolve(model: str, *, download: bool = True) -> Path:
     """
     if model == DEMO:
         return demo_folder()
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and path.is_dir():
         return path
     if path.is_file():
         raise ModelNotFound(f"{model} is a file; give the folder that holds config.json and the *.safetensors files")
@@ -82,7 +85,17 @@ def demo_folder() -> Path:
 def _snapshot(name: str, revision: str | None, download: bool) -> Path:
     # Imported here: it takes a while, and the demo model and local folders do not need it.
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # What a broken connection raises in the HTTP client that the library uses: its own errors derive from it.
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
 
     def fetch(local_files_only: bool) -> Path:
         return Path(
@@ -104,25 +117,39 @@ def _snapshot(name: str, revision: str | None, download: bool) -> Path:
         raise ModelNotFound(
             f"the hub has no model {name} that you may see.{hint} (A private model needs HF_TOKEN.)"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError:
+        raise ModelNotFound(f"{name} has no revision {revision!r}: leave @{revision} out to take the newest") from None
+    except HFValidationError as error:
+        raise ModelNotFound(f"{name!r} cannot be the name of a model on the hub: {error}") from None
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError, transport_error) as error:
         raise ModelNotFound(_unreachable(name, offline, download, error)) from None
-    if not is_complete(folder):
+    except OSError as error:
         raise ModelNotFound(
-            f"{name} is only partly downloaded ({folder}); run `onekernel pull {name}` with a network to finish it"
+            f"{name} cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror or error}): make room or permit "
+            f"writing there, or set HF_HOME to another folder; then run `onekernel pull {name}` again"
+        ) from None
+    if not is_complete(folder):
+        if offline or not download:
+            raise ModelNotFound(_unreachable(name, offline, download, None))
+        raise ModelNotFound(
+            f"{name} has not all of config.json, tokenizer.json and *.safetensors ({folder}): it is not a model in "
+            "Hugging Face format, or the hub could not be reached to finish its download"
         )
     return folder
 
 
-def _unreachable(name: str, offline: bool, download: bool, error: Exception) -> str:
-    why = (
-        "HF_HUB_OFFLINE is set"
-        if offline
-        else f"the hub cannot be reached ({type(error).__name__})"
-        if download
-        else "downloads were not asked for"
-    )
+def _unreachable(name: str, offline: bool, download: bool, error: Exception | None) -> str:
+    if offline:
+        why = "HF_HUB_OFFLINE is set"
+    elif not download:
+        why = "downloads were not asked for"
+    else:
+        cause = (error and error.__cause__) or error  # of "not found in the cache", say, that there is no network
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        why = f"the hub answers {status}" if status else f"the hub cannot be reached ({type(cause).__name__})"
+        why += ": check HF_TOKEN" if status in (401, 403) else ""
     return (
-        f"{name} is not on this machine and {why}. With a network, run `onekernel pull {name}`"
+        f"{name} is not on this machine, or only a part of it, and {why}. With a network, run `onekernel pull {name}`"
         f"{' without HF_HUB_OFFLINE' if offline else ''}; without one, copy the model's folder here and pass its path. "
         "`--model demo` works without either."
     )
@@ -151,6 +178,13 @@ def list_models() -> list[LocalModel]:
         if snapshots.is_dir():
             models += [_local(name, folder) for folder in sorted(snapshots.iterdir()) if folder.is_dir()]
     return models
+
+
+def partial_files() -> set[Path]:
+    """The files in the hub cache that downloads, running or killed, have not completed."""
+    from huggingface_hub import constants
+
+    return set(Path(os.path.expanduser(constants.HF_HUB_CACHE)).glob("models--*/blobs/*.incomplete"))
 
 
 def _local(name: str, folder: Path) -> LocalModel:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +62,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is truncated or its header is not what the format says; names the file and tensor.
         UnsupportedModel: a tensor has a dtype that onekernel does not read (quantised checkpoints).
     """
-    size = path.stat().st_size
-    if size < 8:
-        raise damaged(path, f"has only {size} bytes")
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if header_size > min(size - 8, LONGEST_HEADER):
-            raise damaged(path, f"says that its header has {header_size} bytes, but only {size - 8} bytes follow")
-        text = file.read(header_size)
     try:
-        header = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise damaged(path, f"has only {size} bytes")
+            header_size = int.from_bytes(file.read(8), "little")
+            if header_size > size - 8:
+                raise damaged(path, f"says that its header has {header_size} bytes, but only {size - 8} bytes follow")
+            if header_size > LONGEST_HEADER:
+                raise damaged(path, f"says that its header has {header_size} bytes, more than any real one")
+            text = file.read(header_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:  # of Unicode, of JSON, of numbers without end, of endless nesting
         raise damaged(path, f"has a header that is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise damaged(path, "has a header that is not a JSON object")
@@ -80,13 +87,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     end_of_data = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-        if begin < end_of_data:
-            raise damaged(path, f"has overlapping tensors (at {name})")
+        if begin != end_of_data:  # the format allows neither
+            raise damaged(path, f"has {'overlapping tensors' if begin < end_of_data else 'a hole'} (at {name})")
         end_of_data = end
-    if end_of_data > data_size:
-        missing = end_of_data - data_size
-        raise damaged(path, f"is truncated: {size + missing} bytes expected, {size} found")
-    bytes_of_file = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    if end_of_data != data_size:
+        what = "is truncated" if end_of_data > data_size else "is too long"
+        raise damaged(path, f"{what}: {8 + header_size + end_of_data} bytes expected, {size} found")
+    bytes_of_file = np.memmap(path, np.uint8, "r")
     tensors = {}
     for name, (begin, end) in spans.items():
         dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
@@ -99,6 +106,15 @@ def damaged(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{path} {problem}; delete the file and download it again")
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands in it twice, Python would silently take the last."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} stands in it twice")
+    return result
+
+
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """The checked byte range of one header entry, relative to the end of the header."""
     if not isinstance(entry, dict):
@@ -108,7 +124,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         raise damaged(path, f"gives {name} the shape {shape!r}")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)):
         raise damaged(path, f"gives {name} the data_offsets {offsets!r}")
-    if dtype not in ITEM_TYPES:
+    if not isinstance(dtype, str) or dtype not in ITEM_TYPES:
         raise UnsupportedModel(
             f"{path}: {name} is stored as {dtype}; onekernel reads BF16, F16 and F32: use the unquantised checkpoint"
         )

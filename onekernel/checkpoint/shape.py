@@ -105,7 +105,9 @@ class Shape:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{folder} has no config.json: is this the folder of a model?") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers or nesting
             raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object; download the file again")

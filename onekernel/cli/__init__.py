@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import onekernel
 from onekernel.cli import chat, doctor, generate, launch, models, probe, pull, serve
+from onekernel.cli.options import INTERRUPTED
 from onekernel.errors import OnekernelError
 
 # Verbs import what they need when they run: the help must come at once.
@@ -25,14 +27,25 @@ VERBS: dict[str, Any] = {
     "doctor": doctor,
 }
 
-INTERRUPTED = 130  # the shell's 128 + SIGINT
-
 
 class Parser(argparse.ArgumentParser):
-    """One line for a mistake instead of the whole usage."""
+    """One line for a mistake instead of the whole usage; an option is meant only if it is spelled out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"onekernel: {message}\nTry '{self.prog} --help'.\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What is left over is an error here, where the options are known that may have been meant."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if options:
+            self.error(f"unknown option {options[0]}{_meant(options[0], self._option_string_actions)}")
+        if unknown:
+            self.error(f"one argument too many: {unknown[0]!r} (quote a text that holds spaces)")
+        return parsed, unknown
 
 
 def make_parser() -> Parser:
@@ -42,7 +55,7 @@ def make_parser() -> Parser:
         usage="onekernel VERB [arguments] [options]",
         description=f"A local inference engine for the dense Qwen3.5 family.\n\nverbs:\n{summaries}",
         epilog="examples:\n"
-        '  onekernel generate "def fibonacci(n):"\n'
+        '  onekernel generate "def bisect_right(a, x,"\n'
         "  onekernel chat --model Qwen/Qwen3.5-0.8B\n"
         "  onekernel generate --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 wrong usage, 130 ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _forgive_encodings()
     parser = make_parser()
     try:
         if not arguments:
@@ -108,6 +122,18 @@ def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 def _check_verb(parser: Parser, verb: str) -> None:
     if verb.startswith("-") or verb in VERBS:
         return
-    close = difflib.get_close_matches(verb, VERBS, 1)
-    meant = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}"
-    parser.error(f"unknown verb {verb!r}: {meant}")
+    meant = _meant(verb, VERBS) or f": the verbs are {', '.join(VERBS)}"
+    parser.error(f"unknown verb {verb!r}{meant}")
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def _forgive_encodings() -> None:
+    """Output that the terminal cannot show becomes "?", and input that is not UTF-8 is refused where it is used."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")

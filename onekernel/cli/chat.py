@@ -32,17 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether the model thinks before it answers (default: as its template says)",
     )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="at most N tokens an answer")
-    options.add_sampling(parser)
+    parser.add_argument("--max-tokens", type=options.positive, metavar="N", help="at most N tokens an answer")
+    options.add_sampling(parser, logprobs=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from onekernel.conversation import Conversation
 
+    sampling = options.sampling_options(arguments)
     with options.load_model(arguments) as model:
         conversation = Conversation(
             model,
-            model.sampling_params(**options.sampling_options(arguments)),
+            model.sampling_params(**sampling),
             system=arguments.system,
             thinking=arguments.thinking,
             max_tokens=arguments.max_tokens,

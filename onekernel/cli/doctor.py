@@ -48,6 +48,7 @@ def examine() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "memory_available": available_memory(),
         "hub_cache": constants.HF_HUB_CACHE,
+        "hub_offline": constants.HF_HUB_OFFLINE,
         "gpu": _gpu(),
         "backend": choice.name,
         "backend_reason": choice.reason,
@@ -70,7 +71,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Python", f"{facts['python']} ({facts['python_executable']})"),
         ("system", f"{facts['system']}, {facts['cpu_count']} CPUs"),
         ("memory", "unknown" if memory is None else f"{memory / GIB:.1f} GiB available"),
-        ("models", facts["hub_cache"]),
+        ("models", facts["hub_cache"] + (" (HF_HUB_OFFLINE is set)" if facts["hub_offline"] else "")),
         *((f"GPU {name.replace('_', ' ')}", _shown(name, value)) for name, value in facts["gpu"].items()),
         ("backend", f"{facts['backend']}: {facts['backend_reason']}"),
     ]

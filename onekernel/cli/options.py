@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +17,7 @@ if TYPE_CHECKING:
     from onekernel.stream import Completion
 
 SERVER = "http://127.0.0.1:8000"  # where `onekernel serve` listens unless told otherwise
+INTERRUPTED = 130  # exit code: the shell's 128 + SIGINT
 
 # flag, type, metavar, help. The flag is the name of the field of SamplingParams, which checks the range.
 SAMPLING: tuple[tuple[str, type, str, str], ...] = (
@@ -33,19 +40,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the fastest that runs here"
     )
-    parser.add_argument("--max-context", type=int, metavar="N", help="tokens that a conversation can hold")
+    parser.add_argument("--max-context", type=positive, metavar="N", help="tokens that a conversation can hold")
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
     """The model that the options of `add_model` name; says on standard error what it takes."""
     from onekernel import api
 
-    return api.load(
-        arguments.model,
-        backend=arguments.backend,
-        max_context=arguments.max_context,
-        report=lambda line: print(line, file=sys.stderr),
-    )
+    with exit_at_interrupt():
+        return api.load(
+            arguments.model,
+            backend=arguments.backend,
+            max_context=arguments.max_context,
+            report=lambda line: print(line, file=sys.stderr),
+        )
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +61,37 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", metavar="KEY", help="an API key of the server, if it wants one")
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+@contextlib.contextmanager
+def exit_at_interrupt() -> Iterator[None]:
+    """Within it, ctrl-C ends the program at once.
+
+    A download runs in threads, which Python would wait for until they are done. Files that are complete are kept.
+    """
+    from onekernel.checkpoint import hub
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    before = hub.partial_files()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for path in hub.partial_files() - before:  # they would never be used again
+            path.unlink(missing_ok=True)
+        os.write(sys.stderr.fileno(), b"\nonekernel: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    usual = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, logprobs: bool = True) -> None:
     group = parser.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
     for name, kind, metavar, text in SAMPLING:
+        if name == "logprobs" and not logprobs:
+            continue
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--logit-bias",
@@ -65,15 +101,27 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="add X to the logit of token ID (-inf forbids it); may be repeated",
     )
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT appears; may be repeated"
+        "--stop",
+        type=_stop,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT appears; may be repeated",
     )
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options that were given, as keyword arguments of Model.generate."""
-    given = {name: getattr(arguments, name) for name, *_ in SAMPLING if getattr(arguments, name) is not None}
+    """The sampling options that were given, as keyword arguments of Model.generate.
+
+    Raises:
+        InvalidRequest: a value is out of range. To be found out before a model is downloaded and loaded.
+    """
+    from onekernel.sampling.params import SamplingParams
+
+    given = {name: getattr(arguments, name) for name, *_ in SAMPLING if getattr(arguments, name, None) is not None}
     if arguments.logit_bias:
         given["logit_bias"] = dict(arguments.logit_bias)
+    SamplingParams(**given)
     return given
 
 
@@ -85,6 +133,19 @@ def statistics(completion: Completion, backend: str) -> str:
     if completion.decode_tokens_per_s is not None:
         parts.append(f"then {completion.decode_tokens_per_s:.1f} tokens/s")
     return ", ".join([*parts, completion.finish_reason, backend])
+
+
+def positive(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the text to stop at is empty")
+    return text
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -56,6 +56,10 @@ def to_settings(arguments: argparse.Namespace) -> Settings:
     """Raises InvalidRequest: the file of keys cannot be read, or a number makes no sense."""
     from onekernel.server.settings import Settings
 
+    for name, least in (("max_running", 1), ("max_waiting", 0), ("max_tokens", 1), ("cache_mib", 0), ("grace", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InvalidRequest(f"--{name.replace('_', '-')} {value} must be at least {least}")
     keys = () if arguments.api_key_file is None else read_keys(arguments.api_key_file)
     given = {
         "most_running": arguments.max_running,

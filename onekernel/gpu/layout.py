@@ -19,7 +19,7 @@ TILES_PER_STAGE = 4  # of each warp
 STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * TILE_BYTES
 BATCH_GROUPS = 16  # row groups summed behind one barrier
 MOST_STAGES = 12
-MOST_TILES_IN_REGISTERS = 16  # of a warp's slice of the input vector; longer ones are read from shared memory
+MOST_TILES_IN_REGISTERS = 8  # of a warp's slice of the input vector; longer ones are read from shared memory
 OUTPUT_RING = 1024  # tokens that one launch may make
 MOST_STOP_TOKENS = 8
 MOST_SPLITS = 64  # parts of the context that attention is split into
@@ -35,7 +35,7 @@ class Layout:
     blocks: int
     ring_stages: int
     layer_stages_in_flight: int = 2
-    head_stages_in_flight: int = 8
+    head_stages_in_flight: int = 3
     timeline: bool = False  # the kernel records when each block passes each phase
 
     @classmethod
@@ -52,8 +52,8 @@ class Layout:
                 raise UnsupportedModel(f"the GPU kernel needs {name} = {size} to be a multiple of {step}")
         if (shape.head_dim, shape.key_head_dim, shape.value_head_dim) != (256, 128, 128):
             raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
-        if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads >= CONSUMER_WARPS:
-            raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 7")
+        if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads > CONSUMER_WARPS - 2:
+            raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 6")
         left = shared_memory - SHARED_RESERVED - _scratch_bytes(shape)
         stages = min(MOST_STAGES, left // STAGE_BYTES)
         if stages < 2:

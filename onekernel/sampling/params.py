@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from onekernel.errors import InvalidRequest
 
@@ -44,25 +46,31 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        number = self._number
-        number("temperature", 0 <= self.temperature <= 100, "must be between 0 (greedy) and 100")
-        number("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "must be 0 (all tokens) or a positive integer")
-        number("top_p", 0 < self.top_p <= 1, "must be greater than 0 and at most 1")
-        number("min_p", 0 <= self.min_p < 1, "must be at least 0 and less than 1")
+        check = self._check
+        check("temperature", Real, lambda value: 0 <= value <= 100, "must be between 0 (greedy) and 100")
+        check("top_k", Integral, lambda value: value >= 0, "must be 0 (all tokens) or a positive integer")
+        check("top_p", Real, lambda value: 0 < value <= 1, "must be greater than 0 and at most 1")
+        check("min_p", Real, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
         for name in ("presence_penalty", "frequency_penalty"):
-            number(name, -100 <= getattr(self, name) <= 100, "must be between -100 and 100")
-        number("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be between 0.01 and 100 (1 is none)")
+            check(name, Real, lambda value: -100 <= value <= 100, "must be between -100 and 100")
+        rule = "must be between 0.01 and 100 (1 is none)"
+        check("repetition_penalty", Real, lambda value: 0.01 <= value <= 100, rule)
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest(f"logit_bias = {self.logit_bias!r} must map token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if token < 0 or not (-1000 <= bias <= 1000 or bias == -math.inf):
-                raise InvalidRequest(f"logit_bias[{token}] = {bias}: needs a token id and -1000 to 1000 (or -inf)")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise InvalidRequest(f"seed = {self.seed} must be between 0 and 2**64 - 1")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(f"logprobs = {self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+            known = isinstance(token, Integral) and int(token) >= 0 and isinstance(bias, Real)
+            if not (known and (-1000 <= bias <= 1000 or bias == -math.inf)):
+                raise InvalidRequest(f"logit_bias[{token!r}] = {bias!r}: needs a token id and -1000 to 1000 (or -inf)")
+        if self.seed is not None:
+            check("seed", Integral, lambda value: 0 <= value < 2**64, "must be an integer between 0 and 2**64 - 1")
+        if self.logprobs is not None:
+            rule = f"must be an integer between 0 and {MAX_LOGPROBS}"
+            check("logprobs", Integral, lambda value: 0 <= value <= MAX_LOGPROBS, rule)
 
-    def _number(self, name: str, ok: bool, rule: str) -> None:
-        if not ok:
-            raise InvalidRequest(f"{name} = {getattr(self, name)} {rule}")
+    def _check(self, name: str, kind: type, in_range: Callable[[Any], bool], rule: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not in_range(value):
+            raise InvalidRequest(f"{name} = {value!r} {rule}")
 
     @property
     def greedy(self) -> bool:

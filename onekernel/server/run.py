@@ -11,7 +11,7 @@ from collections.abc import Callable
 import uvicorn
 
 from onekernel.api import Model
-from onekernel.errors import BackendError
+from onekernel.errors import BackendError, InvalidRequest
 from onekernel.server.app import make_app
 from onekernel.server.connection import limited
 from onekernel.server.security import check_address
@@ -43,17 +43,21 @@ def listen(settings: Settings) -> socket.socket:
     """The socket of the server; port 0 takes a free one.
 
     Raises:
-        InvalidRequest: everybody could use it, see check_address.
+        InvalidRequest: everybody could use it (see check_address), or there is no such port.
         BackendError: the address cannot be had.
     """
     check_address(settings)
+    if not 0 <= settings.port <= 65535:
+        raise InvalidRequest(f"--port {settings.port} must be between 0 and 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            on_error.pop_all()
     except OSError as error:
         raise BackendError(
             f"cannot listen on {settings.host} port {settings.port} ({error.strerror or error}): choose another --port"

@@ -49,13 +49,16 @@ class ChatTemplate:
         """
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), str(path))
+            try:
+                return cls(path.read_text(encoding="utf-8"), str(path))
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path} is not UTF-8 ({error}); download the file again") from None
         path = folder / "tokenizer_config.json"
         template: Any = None
         if path.is_file():
             try:
                 template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-            except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            except (ValueError, RecursionError, AttributeError) as error:
                 raise CheckpointError(f"{path} is not a JSON object ({error}); download the file again") from None
         if isinstance(template, list):  # several named ones
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -97,7 +100,7 @@ class ChatTemplate:
             return self._template.render(variables)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses the conversation: {error}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(
                 f"the model's chat template fails on this conversation ({type(error).__name__}: {error}); "
                 "check the fields of the messages and tools"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ class Tokenizer:
     def __init__(self, library: tokenizers.Tokenizer, stop_token_ids: frozenset[int], sampling: SamplingParams) -> None:
         self._library = library
         self._added = library.get_added_tokens_decoder()
+        # Every place where a special token begins, also inside another one.
+        names = sorted((token.content for token in self._added.values()), key=len, reverse=True)
+        self._begin_special = re.compile(f"(?=({'|'.join(map(re.escape, names))}))") if names else None
         self.size = max(library.get_vocab(with_added_tokens=True).values()) + 1
         self.stop_token_ids = stop_token_ids
         self.default_sampling = sampling
@@ -50,7 +55,7 @@ class Tokenizer:
         """Read tokenizer.json and, if it is there, generation_config.json.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or the tokenizer is not a byte-level one.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -59,6 +64,11 @@ class Tokenizer:
             library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             raise CheckpointError(f"{path} is not a tokenizer ({error}); download the file again") from None
+        strange = set().union(*library.get_vocab(with_added_tokens=False)) - BYTE_OF_SYMBOL.keys()
+        if strange:
+            raise CheckpointError(
+                f"{path} is not a byte-level tokenizer (its tokens hold {min(strange)!r}), as all Qwen3.5 models have"
+            )
         ids = [library.token_to_id(token) for token in END_TOKENS]
         config = _generation_config(folder)
         return cls(
@@ -71,17 +81,22 @@ class Tokenizer:
         Args:
             parse_special: whether text that looks like a special token ("<|im_end|>") becomes that token. True for
                 rendered chat templates; False for text that must not be able to end a turn.
+
+        Raises:
+            InvalidRequest: the text holds half of a surrogate pair, which is no character.
         """
-        if parse_special:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"the text holds {text[error.start]!r} at character {error.start}, which is no character "
+                "(half of a surrogate pair, or input that was not UTF-8)"
+            ) from None
+        if parse_special or self._begin_special is None:
             return list(self._library.encode(text, add_special_tokens=False).ids)
         # Cut behind the first character of each special token: no piece then contains one.
-        pieces, rest = [], text
-        names = [token.content for token in self._added.values()]
-        while found := [at for name in names if (at := rest.find(name)) >= 0]:
-            cut = min(found) + 1
-            pieces.append(rest[:cut])
-            rest = rest[cut:]
-        pieces.append(rest)
+        cuts = [0, *(found.start() + 1 for found in self._begin_special.finditer(text)), len(text)]
+        pieces = [text[start:end] for start, end in pairwise(cuts)]
         encodings = self._library.encode_batch(pieces, add_special_tokens=False)
         return [i for encoding in encodings for i in encoding.ids]
 
@@ -118,7 +133,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object; download the file again")

@@ -14,13 +14,14 @@ constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
 
 struct Shared {
     alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
-    u64 full[RING_STAGES];
-    u64 empty[RING_STAGES * (CONSUMER_WARPS + 1) / 2];
+    u64 arrivals[RING_STAGES];
+    u32 released[CONSUMER_WARPS];
+    u32 landed, total;
     alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
-    Candidate best[CONSUMER_WARPS];
+    Candidate best[CONSUMER_WARPS + 1];  // one a warp, then the choice
     volatile u32 finished;
     alignas(16) AttentionScratch attention;
 };
@@ -34,27 +35,25 @@ extern "C" __device__ int threads = THREADS;
 struct Producer {
     Ring ring;
     const u8* source;
-    RingPosition next, landing;  // the stage to fill, and the oldest that may still be on its way
-    u32 flying;                  // stages between the two
+    RingPosition next;  // the stage to fill
     Shared* shared;
     Watchdog watchdog;
     bool finished;
 
     // Streams this block's rows of one matrix; at most `in_flight` stages are on their way at a time.
-    template <int ROWS, int COLUMNS>
-    __device__ __forceinline__ void matrix(u32 in_flight) {
-        constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32, STAGES = (TILES + TILES_PER_STAGE - 1) / TILES_PER_STAGE;
-        constexpr int GROUPS = (ROWS + 7) / 8, LAST = TILES - (STAGES - 1) * TILES_PER_STAGE;
-        int groups = first_group(GROUPS, blockIdx.x + 1) - first_group(GROUPS, blockIdx.x);
-        for (int stages = groups * STAGES, s = 0; stages > 0 && !finished; --stages) {
-            bool last = ++s == STAGES;
-            if (last) s = 0;
-            stage(in_flight, (last ? LAST : TILES_PER_STAGE) * CONSUMER_WARPS * 512);
+    __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
+        int tiles = columns / CONSUMER_WARPS / 32, groups = (rows + 7) / 8;
+        int left = first_group(groups, blockIdx.x + 1) - first_group(groups, blockIdx.x);
+        for (int at = 0; left > 0 && !finished;) {
+            int count = min(TILES_PER_STAGE, tiles - at);
+            stage(in_flight, count * CONSUMER_WARPS * 512);
+            at += count;
+            if (at == tiles) at = 0, --left;
         }
     }
 
     __device__ __forceinline__ void stage(u32 in_flight, u32 bytes) {
-        while (!stage_is_empty(ring, next)) {
+        while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
             if (shared->finished) {
                 finished = true;
                 return;
@@ -62,40 +61,28 @@ struct Producer {
             watchdog.check();
         }
         watchdog.spins = 0;
-        if (LIMITS_FLIGHT && flying >= in_flight) land();
         fill_stage(ring, next, source, bytes);
         next.advance();
-        ++flying;
         source += bytes;
-    }
-
-    __device__ __forceinline__ void land() {
-        wait_until_full(ring, landing, watchdog);
-        landing.advance();
-        --flying;
     }
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0}, {0, 0}, 0, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[blockIdx.x];
-        for (int layer = 0; layer < LAYERS && !p.finished; ++layer) {
-            if (is_full(layer)) {
-                p.matrix<PROJECTED_FULL, HIDDEN>(LAYER_STAGES_IN_FLIGHT);
-                p.matrix<HIDDEN, QUERY_DIM>(LAYER_STAGES_IN_FLIGHT);
-            } else {
-                p.matrix<PROJECTED_LINEAR, HIDDEN>(LAYER_STAGES_IN_FLIGHT);
-                p.matrix<HIDDEN, VALUE_DIM>(LAYER_STAGES_IN_FLIGHT);
-            }
-            p.matrix<2 * INTERMEDIATE, HIDDEN>(LAYER_STAGES_IN_FLIGHT);
-            p.matrix<HIDDEN, INTERMEDIATE>(LAYER_STAGES_IN_FLIGHT);
+        bool head = a.all_logits || step >= a.given - 1 + a.no_head;
+#pragma unroll 1
+        for (int i = 0; i < 4 * LAYERS + head && !p.finished; ++i) {
+            int layer = i / 4, which = layer == LAYERS ? 4 : i % 4;
+            bool full = is_full(layer % LAYERS);
+            int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
+            int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
+            p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
         }
-        if (a.all_logits || step >= a.given - 1 + a.no_head) p.matrix<VOCAB, HIDDEN>(HEAD_STAGES_IN_FLIGHT);
     }
     finish_filling(ring, p.next);
-    // Copies must land before the block's shared memory goes away.
-    while (LIMITS_FLIGHT && p.flying) p.land();
+    *ring.total = p.next.stage + 1;
 }
 
 // ---- consumers ----
@@ -144,7 +131,7 @@ __device__ __forceinline__ float embed(Consumer& c, const DecodeArguments& a, in
 }
 
 __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Consumer c{ring, {0, 0}, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
+    Consumer c{ring, {0, 0, 0}, 0, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.activations = shared.activations;
     c.locate();
     int token = 0, made = 0, step = 0;
@@ -172,7 +159,8 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 weights.k_norm = weights.q_norm + HEAD_DIM;
                 weights.keys = (u16*)(state + LINEAR_LAYERS * LINEAR_STATE * 4) + (long long)full * 2 * KV_DIM * a.max_context;
                 weights.values = weights.keys + (long long)KV_DIM * a.max_context;
-                attention(c, weights, channels, shared.attention, rope, position, a.max_context, squares, tag, after_mixer);
+                attention(c, weights, channels, shared.attention, rope, position, a.max_context, squares, tag);
+                if (QUERY_DIM != VALUE_DIM) gemv<HIDDEN, QUERY_DIM>(c, 0, after_mixer);
             } else {
                 LinearLayer weights;
                 weights.conv_weight = parameters + 2 * HIDDEN;
@@ -181,8 +169,12 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 weights.gated_norm = weights.dt_bias + VALUE_HEADS;
                 weights.conv_window = (float*)state + (layer - full) * LINEAR_STATE;
                 weights.recurrent_state = weights.conv_window + 4 * CONV_DIM;
-                linear_attention(c, weights, channels, squares, tag, after_mixer);
+                linear_attention(c, weights, channels, squares, tag);
+                if (QUERY_DIM != VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             }
+            // out_proj and o_proj are one piece of code where they are of one size: the fewer instructions a layer has,
+            // the more of them stay in the cache.
+            if (QUERY_DIM == VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             c.enter(PHASE_INPUT, layer);
             squares = receive_activations<HIDDEN>(c, channels.after_mixer, tag, parameters + HIDDEN);
             ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, tag};
@@ -221,15 +213,17 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ DecodeArguments a) {
     extern __shared__ __align__(128) u8 memory[];
     Shared& shared = *(Shared*)memory;
-    Ring ring{shared.slots, shared.full, shared.empty};
+    Ring ring{shared.slots, shared.arrivals, &shared.landed, shared.released, &shared.total};
     if (threadIdx.x == 0) {
         ring_init(ring);
-        shared.finished = 0;
+        for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
+        shared.landed = shared.total = shared.finished = 0;
     }
     __syncthreads();
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {
         give_registers();
         if (threadIdx.x / 32 == CONSUMER_WARPS) produce(a, shared, ring);
+        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0});
     } else {
         take_registers();
         consume(a, shared, ring);

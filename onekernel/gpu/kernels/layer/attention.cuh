@@ -1,4 +1,4 @@
-// Gated attention: projections, q and k norm, RoPE, attention over the KV cache, output gate, out projection.
+// Gated attention: projections, q and k norm, RoPE, attention over the KV cache, output gate. (o_proj is in decode.cu.)
 //
 // The context is split over blocks: an item is (kv head, split). Every item serves all query heads of its kv head with
 // one read of K and V and publishes a partial result (maximum, sum, weighted values); the splits are merged by
@@ -15,8 +15,7 @@ constexpr int LEAST_SPLIT = CONSUMER_WARPS * AT_ONCE;
 constexpr int DIMS = HEAD_DIM / 32;  // dims that a lane holds
 constexpr int PARTIAL_STRIDE = HEAD_DIM + 4;
 static_assert(DIMS == 8, "a lane holds 8 dims of a head: head_dim must be 256");
-static_assert(GROUP_HEADS < CONSUMER_WARPS, "a warp for each query head of a kv head, and one for the new key and value");
-static_assert(MAX_SPLITS <= 64, "merge_splits gives a lane two splits");
+static_assert(GROUP_HEADS + 2 <= CONSUMER_WARPS, "a warp for each query head of a kv head, for the new key, and for the new value");
 
 struct PublishFinish {
     const Consumer* consumer;
@@ -65,21 +64,13 @@ __device__ __forceinline__ void norm_and_rope(float (&x)[DIMS], const NormAndRop
     }
 }
 
-// Receives COUNT vectors of a head's size; lane l gets dims 8 l to 8 l + 7 of each.
-template <int COUNT>
-__device__ __forceinline__ void receive_heads(float (&x)[COUNT][DIMS], const u32* const (&heads)[COUNT], u32 tag, Consumer& c) {
-    float4 v[2 * COUNT];
-    const u32* slots[2 * COUNT];
-#pragma unroll
-    for (int i = 0; i < 2 * COUNT; ++i) slots[i] = heads[i / 2] + c.lane * DIMS + i % 2 * 4;
-    float none[1];
-    const u32* const no_slot[1] = {nullptr};
-    receive_all<2 * COUNT, 1>(v, slots, none, no_slot, 0, tag, c.watchdog);
-#pragma unroll
-    for (int i = 0; i < 2 * COUNT; ++i) {
-        float* to = x[i / 2] + i % 2 * 4;
-        to[0] = v[i].x, to[1] = v[i].y, to[2] = v[i].z, to[3] = v[i].w;
-    }
+// Receives a vector of a head's size; lane l gets dims 8 l to 8 l + 7.
+__device__ __forceinline__ void receive_head(float (&x)[DIMS], const u32* head, u32 tag, Consumer& c) {
+    float4 v[2];
+    await_word(head + HEAD_DIM - 1, tag, c.watchdog);
+    receive4_many<2>(v, head + c.lane * DIMS, 4, 2, tag, c.watchdog);
+    x[0] = v[0].x, x[1] = v[0].y, x[2] = v[0].z, x[3] = v[0].w;
+    x[4] = v[1].x, x[5] = v[1].y, x[6] = v[1].z, x[7] = v[1].w;
 }
 
 // How the positions 0 .. position are cut: the same for every launch, whatever the number of tokens in it.
@@ -101,6 +92,15 @@ struct AttentionScratch {
     uint4 new_key[32], new_value[32];
 };
 
+// The largest score of a head over all warps of the block; every lane gets it.
+__device__ __forceinline__ float block_peak(const AttentionScratch& scratch, int head, int lane) {
+    static_assert(CONSUMER_WARPS == 8, "three steps");
+    float peak = scratch.peak[lane % CONSUMER_WARPS][head];
+    peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
+    peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
+    return fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 4));
+}
+
 __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, const Channels& channels, AttentionScratch& scratch,
                                        const float2* rope, int position, int max_context, u32 tag) {
     constexpr float LOG2E = 1.4426950408889634f;
@@ -111,39 +111,33 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
     u16* keys = layer.keys + (long long)kv_head * max_context * HEAD_DIM;
     u16* values = layer.values + (long long)kv_head * max_context * HEAD_DIM;
 
-    // The first keys and values do not depend on this token: fetch them before waiting for the queries.
+    // The first keys and values do not depend on this token: fetch them before waiting for the queries. What is fetched
+    // at or beyond `position` is not used.
     uint4 k[AT_ONCE], v[AT_ONCE];
     auto fetch = [&](uint4 (&to)[AT_ONCE], const u16* from, int first) {
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            int at = first + i;
-            to[i] = at < end && at != position ? load_l2(from + (long long)at * HEAD_DIM + c.lane * DIMS) : make_uint4(0, 0, 0, 0);
-        }
+        for (int i = 0; i < AT_ONCE; ++i) to[i] = load_l2(from + min(first + i, end - 1) * HEAD_DIM + c.lane * DIMS);
     };
     int first = begin + c.warp * AT_ONCE;
     fetch(k, keys, first);
     fetch(v, values, first);
 
-    const u32* projected = channels.projected;
-    NormAndRope constants = fetch_norm_and_rope(c.warp < GROUP_HEADS ? layer.q_norm : layer.k_norm, rope, c.lane);
-    if (c.warp < GROUP_HEADS) {
-        float x[1][DIMS];
-        const u32* const slots[1] = {projected + (kv_head * GROUP_HEADS + c.warp) * 2 * HEAD_DIM};
-        receive_heads<1>(x, slots, tag, c);
-        norm_and_rope(x[0], constants, c.lane);
+    // Warp h takes query head h of the group, the last but one the new value, the last the new key.
+    bool is_query = c.warp < GROUP_HEADS, is_key = c.warp == CONSUMER_WARPS - 1, is_value = c.warp == CONSUMER_WARPS - 2;
+    if (is_query || (end == position + 1 && (is_key || is_value))) {
+        NormAndRope constants = fetch_norm_and_rope(is_query ? layer.q_norm : layer.k_norm, rope, c.lane);
+        int at = is_query ? (kv_head * GROUP_HEADS + c.warp) * 2 * HEAD_DIM : 2 * QUERY_DIM + (is_value ? KV_DIM : 0) + kv_head * HEAD_DIM;
+        float x[DIMS];
+        receive_head(x, channels.projected + at, tag, c);
+        if (!is_value) norm_and_rope(x, constants, c.lane);
+        if (is_query) {
 #pragma unroll
-        for (int i = 0; i < DIMS; ++i) scratch.queries[c.warp][c.lane * DIMS + i] = x[0][i] * (LOG2E * 0.0625f);
-    }
-    if (end == position + 1 && c.warp == CONSUMER_WARPS - 1) {
-        float x[2][DIMS];
-        const u32* key = projected + 2 * QUERY_DIM + kv_head * HEAD_DIM;
-        const u32* const slots[2] = {key, key + KV_DIM};
-        receive_heads<2>(x, slots, tag, c);
-        norm_and_rope(x[0], constants, c.lane);
-        scratch.new_key[c.lane] = pack8(x[0]);
-        scratch.new_value[c.lane] = pack8(x[1]);
-        *(uint4*)(keys + (long long)position * HEAD_DIM + c.lane * DIMS) = scratch.new_key[c.lane];
-        *(uint4*)(values + (long long)position * HEAD_DIM + c.lane * DIMS) = scratch.new_value[c.lane];
+            for (int i = 0; i < DIMS; ++i) scratch.queries[c.warp][c.lane * DIMS + i] = x[i] * (LOG2E * 0.0625f);
+        } else {
+            uint4 packed = pack8(x);
+            (is_key ? scratch.new_key : scratch.new_value)[c.lane] = packed;
+            *(uint4*)((is_key ? keys : values) + (long long)position * HEAD_DIM + c.lane * DIMS) = packed;
+        }
     }
     consumer_barrier();
 
@@ -211,13 +205,9 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
         scratch.total[c.warp][my_head] = total;
     }
     consumer_barrier();
-    float block_peak[GROUP_HEADS];
 #pragma unroll
     for (int head = 0; head < GROUP_HEADS; ++head) {
-        block_peak[head] = scratch.peak[0][head];
-#pragma unroll
-        for (int w = 1; w < CONSUMER_WARPS; ++w) block_peak[head] = fmaxf(block_peak[head], scratch.peak[w][head]);
-        float scale = exp2_fast(scratch.peak[c.warp][head] - block_peak[head]);
+        float scale = exp2_fast(scratch.peak[c.warp][head] - block_peak(scratch, head, c.lane));
 #pragma unroll
         for (int d = 0; d < DIMS; ++d) {
             o[head][d] *= scale;
@@ -232,81 +222,74 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
             for (int d = 0; d < DIMS; ++d) scratch.values[c.warp][head][d * 32 + c.lane] += o[head][d];
     consumer_barrier();
     u32* partial = channels.partial + ((long long)kv_head * GROUP_HEADS * MAX_SPLITS + split) * PARTIAL_STRIDE;
-    for (int i = c.thread; i < GROUP_HEADS * HEAD_DIM; i += CONSUMER_WARPS * 32) {
-        int head = i / HEAD_DIM, at = i % HEAD_DIM;  // `at` in the order d * 32 + lane, for conflict-free access
-        float sum = 0;
+#pragma unroll 1
+    for (int head = 0; head < GROUP_HEADS; ++head, partial += MAX_SPLITS * PARTIAL_STRIDE) {
+        static_assert(HEAD_DIM == CONSUMER_WARPS * 32, "one dim a thread");
+        float sum = 0;  // of dim `thread` in the order d * 32 + lane, for conflict-free access
 #pragma unroll
-        for (int w = 0; w < CONSUMER_WARPS / 2; ++w) sum += scratch.values[w][head][at];
-        publish(partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE + at % 32 * DIMS + at / 32, sum, tag);
-    }
-    if (c.thread < GROUP_HEADS) {
-        int head = c.thread;
-        float best = scratch.peak[0][head], sum = 0;
-        for (int w = 1; w < CONSUMER_WARPS; ++w) best = fmaxf(best, scratch.peak[w][head]);
-        for (int w = 0; w < CONSUMER_WARPS; ++w) sum += scratch.total[w][head] * exp2_fast(scratch.peak[w][head] - best);
-        u32* at = partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE + HEAD_DIM;
-        store_relaxed2(at, tagged(best, tag), tagged(sum, tag));
+        for (int w = 0; w < CONSUMER_WARPS / 2; ++w) sum += scratch.values[w][head][c.thread];
+        publish(partial + c.lane * DIMS + c.warp, sum, tag);
+        if (c.warp == head) {
+            float best = block_peak(scratch, head, c.lane);
+            float part = c.lane < CONSUMER_WARPS ? scratch.total[c.lane][head] * exp2_fast(scratch.peak[c.lane][head] - best) : 0.0f;
+            part = warp_sum(part);
+            if (c.lane == 0) store_relaxed2(partial + HEAD_DIM, tagged(best, tag), tagged(part, tag));
+        }
     }
 }
 
 // Merges the splits of (head, 8 dims), applies the output gate and publishes.
 __device__ __forceinline__ void merge_splits(Consumer& c, const Channels& channels, int position, u32 tag) {
     constexpr int ITEMS = HEADS * HEAD_DIM / 8;
-    constexpr int PER_LANE = (MAX_SPLITS + 3) / 4;  // splits whose values a lane adds up
+    constexpr int AT_ONCE = 8, ROUND = 4 * AT_ONCE;  // splits whose values a lane, and a warp, adds up together
     int splits = splits_of(position).count;
+#pragma unroll 1
     for (int item = c.block + BLOCKS * c.warp; item < ITEMS; item += BLOCKS * CONSUMER_WARPS) {
         int head = item / (HEAD_DIM / 8), dim = item % (HEAD_DIM / 8) * 8 + c.lane % 8;
         const u32* partial = channels.partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE;
-        // Words 0 to 4: the gate, peak and total of splits l and l + 32; then the values of splits l / 8, l / 8 + 4, ...
-        const u32* slots[5 + PER_LANE];
-        u32 valid = 1;
-        slots[0] = channels.projected + head * 2 * HEAD_DIM + HEAD_DIM + dim;
+        await_word(partial + (splits - 1) * PARTIAL_STRIDE + HEAD_DIM + 1, tag, c.watchdog);
+        float total = 0, o = 0, peak = -1e30f, gate = 0;
+#pragma unroll 1
+        for (int first = 0; first < splits; first += ROUND) {
+            // Words: the gate; peak and total of split first + l; the values of splits first + l / 8 + 4 i.
+            const u32* slots[3 + AT_ONCE];
+            float words[3 + AT_ONCE];
+            u32 valid = 1;
+            int own = first + c.lane;
+            slots[0] = channels.projected + head * 2 * HEAD_DIM + HEAD_DIM + dim;
+            slots[1] = partial + own * PARTIAL_STRIDE + HEAD_DIM;
+            slots[2] = slots[1] + 1;
+            if (own < splits) valid |= 6;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            int split = c.lane + 32 * i;
-            slots[1 + 2 * i] = partial + split * PARTIAL_STRIDE + HEAD_DIM;
-            slots[2 + 2 * i] = slots[1 + 2 * i] + 1;
-            if (split < splits) valid |= 3u << (1 + 2 * i);
-        }
+            for (int i = 0; i < AT_ONCE; ++i) {
+                int split = first + c.lane / 8 + 4 * i;
+                slots[3 + i] = partial + split * PARTIAL_STRIDE + dim;
+                if (split < splits) valid |= 8u << i;
+            }
+            float4 none[1];
+            const u32* const no_slot[1] = {slots[0] - dim % 4};  // a group of four that is there anyway
+            receive_all<1, 3 + AT_ONCE>(none, no_slot, words, slots, valid, tag, c.watchdog);
+            gate = words[0];
+            float new_peak = fmaxf(peak, warp_max(own < splits ? words[1] : -1e30f));
+            float scale = exp2_fast(peak - new_peak), weight = own < splits ? exp2_fast(words[1] - new_peak) : 0.0f;
+            peak = new_peak;
+            total = total * scale + (own < splits ? weight * words[2] : 0.0f);
+            o *= scale;
 #pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            int split = c.lane / 8 + 4 * i;
-            slots[5 + i] = partial + split * PARTIAL_STRIDE + dim;
-            if (split < splits) valid |= 1u << (5 + i);
-        }
-        float words[5 + PER_LANE];
-        float4 none[1];
-        const u32* const no_slot[1] = {slots[0] - dim % 4};  // a group of four that is there anyway
-        receive_all<1, 5 + PER_LANE>(none, no_slot, words, slots, valid, tag, c.watchdog);
-        float gate = sigmoid(words[0]);
-        float peak[2], weight[2], best = -1e30f, total = 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            peak[i] = valid >> (1 + 2 * i) & 1 ? words[1 + 2 * i] : -1e30f;
-            best = fmaxf(best, peak[i]);
-        }
-        best = warp_max(best);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            weight[i] = valid >> (1 + 2 * i) & 1 ? exp2_fast(peak[i] - best) : 0.0f;
-            total += valid >> (1 + 2 * i) & 1 ? weight[i] * words[2 + 2 * i] : 0.0f;
+            for (int i = 0; i < AT_ONCE; ++i) {
+                float w = __shfl_sync(0xFFFFFFFFu, weight, c.lane / 8 + 4 * i);
+                if (valid >> (3 + i) & 1) o += w * words[3 + i];
+            }
         }
         total = warp_sum(total);
-        float o = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            float w = __shfl_sync(0xFFFFFFFFu, weight[i / 8], (c.lane / 8 + 4 * i) % 32);
-            if (valid >> (5 + i) & 1) o += w * words[5 + i];
-        }
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 8);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 16);
-        if (c.lane < 8) publish(channels.mixed + head * HEAD_DIM + dim, o / total * gate, tag);
+        if (c.lane < 8) publish(channels.mixed + head * HEAD_DIM + dim, o / total * sigmoid(gate), tag);
     }
 }
 
 __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, const Channels& channels, AttentionScratch& scratch,
-                                          const float2* rope, int position, int max_context, float squares, u32 tag,
-                                          ResidualFinish& add_to_residual) {
+                                          const float2* rope, int position, int max_context, float squares, u32 tag) {
     PublishFinish finish{&c, channels.projected, tag};
     gemv<PROJECTED_FULL, HIDDEN>(c, squares, finish);
     c.enter(PHASE_ATTENTION, c.watchdog.layer);
@@ -315,5 +298,4 @@ __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, c
     c.enter(PHASE_MERGE, c.watchdog.layer);
     merge_splits(c, channels, position, tag);
     receive_activations<QUERY_DIM>(c, channels.mixed, tag, nullptr);
-    gemv<HIDDEN, QUERY_DIM>(c, 0, add_to_residual);
 }

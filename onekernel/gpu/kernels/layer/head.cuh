@@ -44,7 +44,7 @@ struct HeadFinish {
     }
 };
 
-// Every block leaves its best candidate; every warp reads them all and comes to the same choice.
+// Every block leaves its best candidate; one warp of each reads them all, and all come to the same choice.
 struct Choice {
     u32 token;
     bool stop;
@@ -62,24 +62,29 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
             store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
         }
     }
-    u64 winner = 0;
-    u32 flags = 0;
-    for (int block = c.lane; block < BLOCKS; block += 32) {
-        u64 word = load_relaxed64(candidates + block);
-        while ((word & 0xFFu) != tag) {
-            c.watchdog.check();
-            word = load_relaxed64(candidates + block);
+    if (c.warp == 0) {
+        u64 winner = 0;
+        u32 flags = 0;
+        for (int block = c.lane; block < BLOCKS; block += 32) {
+            u64 word = load_relaxed64(candidates + block);
+            while ((word & 0xFFu) != tag) {
+                c.watchdog.check();
+                word = load_relaxed64(candidates + block);
+            }
+            flags |= (u32)word;
+            word >>= 12;
+            if (word > winner) winner = word;
         }
-        flags |= (u32)word;
-        word >>= 12;
-        if (word > winner) winner = word;
-    }
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-        u64 other = __shfl_xor_sync(0xFFFFFFFFu, winner, offset);
-        if (other > winner) winner = other;
-        flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
+        for (int offset = 16; offset; offset /= 2) {
+            u64 other = __shfl_xor_sync(0xFFFFFFFFu, winner, offset);
+            if (other > winner) winner = other;
+            flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
+        }
+        fence_gpu();  // what the other blocks wrote before their words is there, for the whole block behind the barrier
+        if (c.lane == 0) shared_best[CONSUMER_WARPS] = {flags, 0xFFFFFu - (u32)(winner & 0xFFFFFu)};
     }
-    fence_gpu();
-    return {0xFFFFFu - (u32)(winner & 0xFFFFFu), (flags & STOP_REQUESTED) != 0};
+    consumer_barrier();
+    Candidate chosen = shared_best[CONSUMER_WARPS];
+    return {chosen.id, (chosen.key & STOP_REQUESTED) != 0};
 }

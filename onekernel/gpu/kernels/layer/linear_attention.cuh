@@ -1,4 +1,4 @@
-// Gated delta net: projections, causal convolution, gates, delta rule, gated norm, out projection.
+// Gated delta net: projections, causal convolution, gates, delta rule, gated norm. (The out projection is in decode.cu.)
 #pragma once
 
 #include "primitive/gemv.cuh"
@@ -81,6 +81,7 @@ __device__ __forceinline__ void delta_rule(Consumer& c, const LinearLayer& layer
     const u32* const word_slots[6] = {value, value + 1, gate, gate + 1, gates + head, gates + VALUE_HEADS + head};
     float4 qk[2];
     float words[6];
+    await_word(word_slots[5], tag, c.watchdog);
     receive_all<2, 6>(qk, four_slots, words, word_slots, 63, tag, c.watchdog);
     float4 q = qk[0], k = qk[1];
     float v0 = words[0], v1 = words[1], gate0 = words[2], gate1 = words[3], beta = words[4], decay = __expf(words[5]);
@@ -104,24 +105,36 @@ __device__ __forceinline__ void delta_rule(Consumer& c, const LinearLayer& layer
 // Receives this warp's slice of the delta rule's output, with the gated norm: o / rms(o of the head) * gate.
 __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed, u32 tag) {
     constexpr int SLICE = VALUE_DIM / CONSUMER_WARPS;
+    constexpr int AT_ONCE = SLICE > VALUE_HEAD_DIM ? 2 : 1;  // heads
     c.locate();
-    int start = slice_start(VALUE_DIM, c.warp);
-    for (int head = start / VALUE_HEAD_DIM; head * VALUE_HEAD_DIM < start + SLICE; ++head) {
-        int column = head * VALUE_HEAD_DIM + 4 * c.lane;
-        float4 pairs[2];
-        receive4_many<2>(pairs, mixed + 2 * column, 4, 2, tag, c.watchdog);
-        float squares = pairs[0].x * pairs[0].x + pairs[0].z * pairs[0].z + pairs[1].x * pairs[1].x + pairs[1].z * pairs[1].z;
-        float scale = rsqrtf(warp_sum(squares) / VALUE_HEAD_DIM + NORM_EPS);
-        float4 y = make_float4(pairs[0].x * pairs[0].y * scale, pairs[0].z * pairs[0].w * scale,
-                               pairs[1].x * pairs[1].y * scale, pairs[1].z * pairs[1].w * scale);
-        if (column >= start && column < start + SLICE) store_activations(c, (column - start) / 4, y);
+    int start = slice_start(VALUE_DIM, c.warp), end = (start + SLICE + VALUE_HEAD_DIM - 1) / VALUE_HEAD_DIM;
+    await_word(mixed + 2 * end * VALUE_HEAD_DIM - 1, tag, c.watchdog);
+#pragma unroll 1
+    for (int head = start / VALUE_HEAD_DIM; head < end; head += AT_ONCE) {
+        float4 pairs[2 * AT_ONCE];  // of head i: (o, gate) of columns 4 l to 4 l + 3 in 2 i and 2 i + 1
+        const u32* slots[2 * AT_ONCE];
+        float none[1];
+        const u32* const no_slot[1] = {nullptr};
+#pragma unroll
+        for (int i = 0; i < 2 * AT_ONCE; ++i)
+            slots[i] = mixed + 2 * (min(head + i / 2, end - 1) * VALUE_HEAD_DIM + 4 * c.lane) + i % 2 * 4;
+        receive_all<2 * AT_ONCE, 1>(pairs, slots, none, no_slot, 0, tag, c.watchdog);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            float4 low = pairs[2 * i], high = pairs[2 * i + 1];
+            float squares = low.x * low.x + low.z * low.z + high.x * high.x + high.z * high.z;
+            float scale = rsqrtf(warp_sum(squares) / VALUE_HEAD_DIM + NORM_EPS);
+            float4 y = make_float4(low.x * low.y * scale, low.z * low.w * scale, high.x * high.y * scale, high.z * high.w * scale);
+            int column = (head + i) * VALUE_HEAD_DIM + 4 * c.lane;
+            if (column >= start && column < start + SLICE) store_activations(c, (column - start) / 4, y);
+        }
     }
     __syncwarp();
     c.mark(MARK_RECEIVED);
 }
 
 __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer& layer, const Channels& channels, float squares,
-                                                 u32 tag, ResidualFinish& add_to_residual) {
+                                                 u32 tag) {
     // The state does not depend on this token: fetch it while the projections stream.
     StateColumns state[PAIRS_PER_WARP];
     c.locate();
@@ -146,5 +159,4 @@ __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer&
     }
     c.mark(MARK_ATTENDED);
     receive_gated_norm(c, channels.mixed, tag);
-    gemv<HIDDEN, VALUE_DIM>(c, 0, add_to_residual);
 }

@@ -29,6 +29,12 @@ __device__ __forceinline__ float receive(const u32* slot, u32 tag, Watchdog& wat
     return untagged(word);
 }
 
+// Waits for one word, with one sector of traffic a poll and not a whole slice: hundreds of warps that poll all that they
+// are waiting for keep L2 from the weights, and from the very words that they wait for.
+__device__ __forceinline__ void await_word(const u32* slot, u32 tag, Watchdog& watchdog) {
+    while (!has_tag(load_relaxed(slot), tag)) watchdog.check();
+}
+
 // Waits for four consecutive words (16-byte aligned).
 __device__ __forceinline__ float4 receive4(const u32* slot, u32 tag, Watchdog& watchdog) {
     uint4 w = load_relaxed4(slot);

@@ -17,6 +17,7 @@ constexpr int BATCH_ROWS = 8 * BATCH_GROUPS;
 struct Consumer {
     Ring ring;
     RingPosition next;              // the next stage of the tape
+    u32 landed;                     // stages that are known to be in shared memory
     u32* activations;               // shared: the input vector as 16-bit pairs, each warp's slice on its own
     float (*sums)[CONSUMER_WARPS][BATCH_ROWS];  // shared, [2]: partial row sums, double-buffered
     float (*squares)[CONSUMER_WARPS];           // shared, [2]: partial sums of squares of the input
@@ -66,6 +67,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, const u32* cha
     c.locate();
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;
+    await_word(channel + start + COLUMNS / CONSUMER_WARPS - 1, tag, c.watchdog);
     for (int base = 0; base < PER_LANE; base += AT_ONCE) {
         int first = base * 32 + c.lane;
         int valid = (VECTORS - first + 31) / 32;
@@ -114,33 +116,52 @@ struct Slice {
     __device__ __forceinline__ uint2 operator[](int tile) const { return IN_REGISTERS ? words[tile] : *(const uint2*)(source + tile * 16); }
 };
 
-// One stage of a row group: COUNT tiles of this warp, the first of them tile `first` of its slice.
-template <int COUNT, int TILES>
-__device__ __forceinline__ void multiply_stage(Consumer& c, Accumulator (&acc)[TILES_PER_STAGE], const Slice<TILES>& x, int first) {
-    wait_until_full(c.ring, c.next, c.watchdog);
+// A stage of a row group in registers: COUNT tiles of this warp.
+template <int COUNT>
+__device__ __forceinline__ void fetch_stage(Consumer& c, uint4 (&w)[TILES_PER_STAGE]) {
+    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
     const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * COUNT * 32 + c.lane;
-    uint4 w[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) w[i] = source[i * 32];
-    release_stage(c.ring, c.next, c.warp, c.lane);
     c.next.advance();
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) tile_mma(acc[i], w[i], x[first + i]);
 }
 
-// This warp's part of the sums of one row group; row r is with the lanes 4 r.
+// This warp's part of the sums of one row group; row r is with the lanes 4 r. The group's first stage is in `w`; while a
+// stage is multiplied the next one is fetched, across groups unless this is the `last`.
 template <int TILES>
-__device__ __forceinline__ float multiply_group(Consumer& c, const Slice<TILES>& x) {
-    constexpr int WHOLE = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE;
+__device__ __forceinline__ float multiply_group(Consumer& c, const Slice<TILES>& x, uint4 (&w)[TILES_PER_STAGE], bool last) {
+    constexpr int STAGES = (TILES + TILES_PER_STAGE - 1) / TILES_PER_STAGE;
+    constexpr int FIRST = TILES < TILES_PER_STAGE ? TILES : TILES_PER_STAGE, LAST = TILES - (STAGES - 1) * TILES_PER_STAGE;
     Accumulator acc[TILES_PER_STAGE] = {};
-    if (Slice<TILES>::IN_REGISTERS) {
+    uint4 next[TILES_PER_STAGE];
+    // Stage `stage` is in `w`: multiply it, and put what was fetched meanwhile in its place.
+    auto multiply = [&](u32 stage, int first, int count) {
 #pragma unroll
-        for (int s = 0; s < WHOLE; ++s) multiply_stage<TILES_PER_STAGE, TILES>(c, acc, x, s * TILES_PER_STAGE);
+        for (int i = 0; i < TILES_PER_STAGE; ++i)
+            if (i < count) tile_mma(acc[i], w[i], x[first + i]);
+        release_stage(c.ring, stage, c.warp, c.lane);
+#pragma unroll
+        for (int i = 0; i < TILES_PER_STAGE; ++i) w[i] = next[i];
+    };
+    u32 stage = c.next.stage - 1;
+    if constexpr (Slice<TILES>::IN_REGISTERS) {
+#pragma unroll
+        for (int s = 0; s < STAGES - 1; ++s, ++stage) {
+            if (s + 1 == STAGES - 1) fetch_stage<LAST>(c, next);
+            else fetch_stage<FIRST>(c, next);
+            multiply(stage, s * TILES_PER_STAGE, TILES_PER_STAGE);
+        }
     } else {
 #pragma unroll 1
-        for (int s = 0; s < WHOLE; ++s) multiply_stage<TILES_PER_STAGE, TILES>(c, acc, x, s * TILES_PER_STAGE);
+        for (int s = 0; s < STAGES - 2; ++s, ++stage) {
+            fetch_stage<FIRST>(c, next);
+            multiply(stage, s * TILES_PER_STAGE, TILES_PER_STAGE);
+        }
+        fetch_stage<LAST>(c, next);
+        multiply(stage++, (STAGES - 2) * TILES_PER_STAGE, TILES_PER_STAGE);
     }
-    if constexpr (REST > 0) multiply_stage<REST, TILES>(c, acc, x, WHOLE * TILES_PER_STAGE);
+    if (!last) fetch_stage<FIRST>(c, next);
+    multiply(stage, (STAGES - 1) * TILES_PER_STAGE, LAST);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) sum += acc[i].row_sum();
@@ -156,14 +177,16 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
     constexpr int GROUPS = (ROWS + 7) / 8;
     c.locate();
     int group = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
-    if (group < end) finish.prepare(group, min(BATCH_GROUPS, end - group));
     squares = warp_sum(squares);
     Slice<TILES> x(c);
+    uint4 w[TILES_PER_STAGE];
+    if (group < end) fetch_stage<(TILES < TILES_PER_STAGE ? TILES : TILES_PER_STAGE)>(c, w);
     while (group < end) {
         int count = min(BATCH_GROUPS, end - group);
+        finish.prepare(group, count);
 #pragma unroll 1
         for (int local = 0; local < count; ++local) {
-            float sum = multiply_group<TILES>(c, x);
+            float sum = multiply_group<TILES>(c, x, w, group + local + 1 == end);
             if (c.lane % 4 == 0) c.sums[c.buffer][c.warp][local * 8 + c.lane / 4] = sum;
         }
         if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
@@ -179,6 +202,5 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
         c.mark(MARK_PUBLISHED);
         group += count;
         c.buffer ^= 1;
-        if (group < end) finish.prepare(group, min(BATCH_GROUPS, end - group));
     }
 }

@@ -1,9 +1,10 @@
-// The weight ring: one warp streams this block's weights through shared memory, the others consume them.
+// The weight ring: one warp streams this block's weights through shared memory, the consumer warps take them from there.
 //
 // Weights do not depend on activations, so the producer runs ahead of the consumers across every exchange, by up to
-// RING_STAGES stages. Stages are filled in the order of the block's tape and released by each consumer warp.
-// sm_90 and later: bulk copies that complete on mbarriers. Before: cp.async (sm_80) or plain loads (sm_75) and
-// counters in shared memory.
+// RING_STAGES stages. Stages are numbered in the order of the block's tape. Two kinds of counters say how far it all is:
+// `landed` stages are in shared memory, and each consumer warp has `released` those that it no longer needs. Plain words
+// and no mbarrier between producer and consumers: sixteen waits and arrivals a stage took longer than the stage itself.
+// sm_90 and later: bulk copies, whose mbarriers a warp of its own watches. Before: cp.async (sm_80) or plain loads (sm_75).
 #pragma once
 
 #include "primitive/memory.cuh"
@@ -11,21 +12,51 @@
 
 constexpr int STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * 512;
 
-// Where a warp stands in the ring. `round` counts how often it went around.
+struct Ring {
+    u8* slots;               // RING_STAGES x STAGE_BYTES
+    u64* arrivals;           // one mbarrier a slot, where copies complete on mbarriers
+    volatile u32* landed;    // stages
+    volatile u32* released;  // [CONSUMER_WARPS] stages
+    volatile u32* total;     // stages that were filled in all, once the producer has ended; 0 before
+};
+
+// Where a warp stands in the ring.
 struct RingPosition {
-    u32 slot, round;
+    u32 stage, slot;
+    u32 round;  // how often it went around
 
     __device__ __forceinline__ void advance() {
+        ++stage;
         if (++slot == RING_STAGES) slot = 0, ++round;
     }
-    __device__ __forceinline__ u32 stage() const { return round * RING_STAGES + slot; }
 };
 
-struct Ring {
-    u8* slots;  // RING_STAGES x STAGE_BYTES
-    u64* full;  // one mbarrier (or counter) a slot
-    u64* empty;
-};
+// ---- consumers ----
+
+// The number of stages that have landed, once there are more than `stage`.
+__device__ __forceinline__ u32 await_landed(const Ring& ring, u32 stage, Watchdog& watchdog) {
+    u32 landed = *ring.landed;
+    while (landed == stage) {
+        watchdog.check();
+        landed = *ring.landed;
+    }
+    asm volatile("" ::: "memory");
+    return landed;
+}
+
+// Called when the stage's weights are in registers, and have been used: only then are they surely out of shared memory.
+__device__ __forceinline__ void release_stage(const Ring& ring, u32 stage, int warp, int lane) {
+    __syncwarp();
+    if (lane == 0) ring.released[warp] = stage + 1;
+}
+
+// ---- producer ----
+
+__device__ __forceinline__ bool slot_is_free(const Ring& ring, RingPosition at) {
+    u32 lane = threadIdx.x % 32;
+    u32 released = lane < CONSUMER_WARPS ? ring.released[lane] : at.stage;
+    return __all_sync(0xFFFFFFFFu, released + RING_STAGES > at.stage);
+}
 
 #if __CUDA_ARCH__ >= 900
 
@@ -33,9 +64,6 @@ constexpr bool LIMITS_FLIGHT = true;  // the producer limits how many stages are
 
 __device__ __forceinline__ void mbarrier_init(u64* b, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(u64* b) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
 __device__ __forceinline__ void mbarrier_expect(u64* b, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
@@ -60,86 +88,61 @@ __device__ __forceinline__ void bulk_copy(void* shared, const u8* global, u32 by
 }
 
 __device__ __forceinline__ void ring_init(Ring& ring) {
-    for (int i = 0; i < RING_STAGES; ++i) {
-        mbarrier_init(ring.full + i, 1);
-        mbarrier_init(ring.empty + i, CONSUMER_WARPS);
-    }
+    for (int i = 0; i < RING_STAGES; ++i) mbarrier_init(ring.arrivals + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ bool stage_is_full(Ring& ring, RingPosition at) {
-    return mbarrier_try_wait(ring.full + at.slot, at.round & 1);
-}
-__device__ __forceinline__ bool stage_is_empty(Ring& ring, RingPosition at) {
-    return mbarrier_try_wait(ring.empty + at.slot, (at.round & 1) ^ 1);
-}
-__device__ __forceinline__ void release_stage(Ring& ring, RingPosition at, int, int lane) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.empty + at.slot);
-}
-// Called by the whole producer warp.
+// Called by the whole producer warp, like all that follows.
 __device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
     if (threadIdx.x % 32 == 0) {
-        mbarrier_expect(ring.full + at.slot, bytes);
-        bulk_copy(ring.slots + at.slot * STAGE_BYTES, source, bytes, ring.full + at.slot);
+        mbarrier_expect(ring.arrivals + at.slot, bytes);
+        bulk_copy(ring.slots + at.slot * STAGE_BYTES, source, bytes, ring.arrivals + at.slot);
     }
     __syncwarp();
 }
 __device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 
+// Another warp: counts the stages as they land, until the last of them. The block's shared memory must not go before.
+__device__ __forceinline__ void watch_landings(Ring& ring, Watchdog watchdog) {
+    RingPosition at{0, 0, 0};
+    while (true) {
+        if (mbarrier_try_wait(ring.arrivals + at.slot, at.round & 1)) {
+            at.advance();
+            if (threadIdx.x % 32 == 0) *ring.landed = at.stage;
+            watchdog.spins = 0;
+        } else if (at.stage + 1 == *ring.total) {  // `total` is one more than the stages: 0 says that it is not known
+            return;
+        } else {
+            watchdog.check();
+        }
+    }
+}
+
 #else
 
 constexpr bool LIMITS_FLIGHT = false;  // fill_stage itself waits for earlier copies
 
-__device__ __forceinline__ volatile u32* counter(u64* b) { return (volatile u32*)b; }
-
-__device__ __forceinline__ void ring_init(Ring& ring) {
-    for (int i = 0; i < RING_STAGES; ++i) *counter(ring.full + i) = 0;
-    for (int i = 0; i < RING_STAGES * CONSUMER_WARPS; ++i) counter(ring.empty)[i] = 0;
-}
-// full[slot] holds the number of the last stage that landed there, plus one; empty[slot][warp] likewise of the last one
-// that the warp released.
-__device__ __forceinline__ bool stage_is_full(Ring& ring, RingPosition at) {
-    bool full = *counter(ring.full + at.slot) > at.stage();
-    __threadfence_block();
-    return full;
-}
-__device__ __forceinline__ bool stage_is_empty(Ring& ring, RingPosition at) {
-    if (at.round == 0) return true;
-    volatile u32* released = counter(ring.empty) + at.slot * CONSUMER_WARPS;
-    bool empty = true;
-    for (int i = 0; i < CONSUMER_WARPS; ++i) empty &= released[i] > at.stage() - RING_STAGES;
-    __threadfence_block();
-    return empty;
-}
-__device__ __forceinline__ void release_stage(Ring& ring, RingPosition at, int warp, int lane) {
-    __syncwarp();
-    if (lane == 0) {
-        __threadfence_block();
-        counter(ring.empty)[at.slot * CONSUMER_WARPS + warp] = at.stage() + 1;
-    }
-}
-__device__ __forceinline__ void mark_full(Ring& ring, u32 stage) {
+__device__ __forceinline__ void ring_init(Ring&) {}
+__device__ __forceinline__ void watch_landings(Ring&, Watchdog) {}
+__device__ __forceinline__ void mark_landed(Ring& ring, u32 stages) {
     __threadfence_block();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) *counter(ring.full + stage % RING_STAGES) = stage + 1;
+    if (threadIdx.x % 32 == 0) *ring.landed = stages;
 }
 #if __CUDA_ARCH__ >= 800
-// One stage of cp.async stays in flight behind the one being issued.
+// COPIES_IN_FLIGHT stages of cp.async stay in flight behind the one being issued.
 __device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
     u8* slot = ring.slots + at.slot * STAGE_BYTES;
     for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(slot + i)), "l"(source + i) : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
-    u32 stage = at.stage();
-    if (stage >= COPIES_IN_FLIGHT) {
+    if (at.stage >= COPIES_IN_FLIGHT) {
         asm volatile("cp.async.wait_group %0;" ::"n"(COPIES_IN_FLIGHT) : "memory");
-        mark_full(ring, stage - COPIES_IN_FLIGHT);
+        mark_landed(ring, at.stage - COPIES_IN_FLIGHT + 1);
     }
 }
 __device__ __forceinline__ void finish_filling(Ring& ring, RingPosition end) {
-    u32 stages = end.stage();
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    for (u32 s = stages > COPIES_IN_FLIGHT ? stages - COPIES_IN_FLIGHT : 0; s < stages; ++s) mark_full(ring, s);
+    mark_landed(ring, end.stage);
 }
 #else
 __device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
@@ -155,12 +158,8 @@ __device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8
         for (int i = 0; i < 8; ++i) slot[first + 32 * i] = v[i];
     }
     for (; first < count; first += 32) slot[first] = __ldg(from + first);
-    mark_full(ring, at.stage());
+    mark_landed(ring, at.stage + 1);
 }
 __device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 #endif
 #endif
-
-__device__ __forceinline__ void wait_until_full(Ring& ring, RingPosition at, Watchdog& watchdog) {
-    while (!stage_is_full(ring, at)) watchdog.check();
-}

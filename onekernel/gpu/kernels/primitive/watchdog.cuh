@@ -21,18 +21,13 @@ struct Watchdog {
         spins = 0;
     }
 
-    // Call once per failed poll.
+    // Call once per failed poll. Inlined like everything else: a call would force the thread's whole state into memory.
     __device__ __forceinline__ void check() {
-        if ((++spins & 1023u) == 0) check_clock();
-    }
-
-    // Inlined like everything else: a call would force the whole state of the thread into local memory.
-    __device__ __forceinline__ void check_clock() {
+        if (++spins & 1023u) return;
         u64 now = nanoseconds();
         if (spins == 1024u) since = now;
         if (now - since < limit) return;
         store_host64(report, (1ull << 63) | ((u64)phase << 48) | ((u64)layer << 32) | blockIdx.x);
-        fence_system();
-        fault();
+        if (now - since > limit + 1000000) fault();  // the report has had a millisecond to arrive
     }
 };

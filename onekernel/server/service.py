@@ -191,6 +191,7 @@ class Service:
             cache_bytes=settings.cache_bytes,
         )
         self.grammars = Grammars(model.tokenizer)
+        self.grammars.load()
         self.metrics = Metrics(self.scheduler, find_meter(model.engine.name))
         self.end_tokens = model.stop_tokens
         self.started_at = time.time()

@@ -92,19 +92,18 @@ class Grammars:
         return self._compile("schema of the tools", tool_grammar(tools, several=several))
 
     def _compile(self, what: str, grammar: str) -> Compiled:
-        vocabulary = self._loaded()
-        wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
-        if wrong:
-            raise InvalidRequest(f"the {what} cannot be enforced: {messages[0].strip()}")
+        matcher = llguidance.LLMatcher(self.load(), grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidRequest(f"the {what} cannot be enforced: {matcher.get_error().strip()}")
         end_tokens = sorted(self._tokenizer.stop_token_ids)
 
         def make(starts_after: int | None) -> GrammarConstraint:
-            matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-            return GrammarConstraint(matcher, self._tokenizer.size, end_tokens, starts_after)
+            return GrammarConstraint(matcher.deep_copy(), self._tokenizer.size, end_tokens, starts_after)
 
         return make
 
-    def _loaded(self) -> llguidance.LLTokenizer:
+    def load(self) -> llguidance.LLTokenizer:
+        """Read the vocabulary now, so that the first grammar need not wait for it."""
         if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
                 self._tokenizer.to_json(),

@@ -126,7 +126,7 @@ async def to_asks(service: Service, fields: ChatFields) -> list[Ask]:
         thinking_tokens=thinking.tokens,
         tools=shown or None,
         several_calls=tools.several,
-        grammar=grammar or options.tool_grammar(service, tools),
+        grammar=grammar or await options.tool_grammar(service, tools),
         ignore_eos=bool(fields.ignore_eos),
     )
     if count == 1:

@@ -97,7 +97,7 @@ async def to_ask(service: Service, fields: MessageFields) -> Ask:
         thinking_tokens=thinking.tokens,
         tools=choice.tools if choice.choice != options.NONE else None,
         several_calls=choice.several,
-        grammar=grammar or options.tool_grammar(service, choice),
+        grammar=grammar or await options.tool_grammar(service, choice),
     )
 
 

@@ -110,7 +110,7 @@ async def to_ask(service: Service, fields: ResponseFields, tools: responses_inpu
         thinking_tokens=thinking.tokens,
         tools=shown,
         several_calls=choice.several,
-        grammar=grammar or options.tool_grammar(service, choice),
+        grammar=grammar or await options.tool_grammar(service, choice),
     )
 
 

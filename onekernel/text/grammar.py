@@ -6,6 +6,7 @@ The work is done by llguidance: it knows the bytes of each token of the vocabula
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,10 +58,11 @@ Compiled = Callable[[int | None], GrammarConstraint]
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._loading = threading.Lock()
         self._vocabulary: llguidance.LLTokenizer | None = None  # takes a second for 250,000 tokens: when it is needed
 
     def json_schema(self, schema: Any) -> Compiled:
@@ -104,13 +106,14 @@ class Grammars:
 
     def load(self) -> llguidance.LLTokenizer:
         """Read the vocabulary now, so that the first grammar need not wait for it."""
-        if self._vocabulary is None:
-            self._vocabulary = llguidance.LLTokenizer(
-                self._tokenizer.to_json(),
-                n_vocab=self._tokenizer.size,
-                eos_token=sorted(self._tokenizer.stop_token_ids),
-            )
-        return self._vocabulary
+        with self._loading:
+            if self._vocabulary is None:
+                self._vocabulary = llguidance.LLTokenizer(
+                    self._tokenizer.to_json(),
+                    n_vocab=self._tokenizer.size,
+                    eos_token=sorted(self._tokenizer.stop_token_ids),
+                )
+            return self._vocabulary
 
 
 def tool_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:

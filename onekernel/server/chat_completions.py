@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,7 @@ async def to_asks(service: Service, fields: ChatFields) -> list[Ask]:
         raise RequestError(f"n = {count} must be between 1 and {service.settings.most_choices}", parameter="n")
     tools = tool_option(fields)
     thinking = thinking_option(fields)
-    grammar = output_grammar(service, fields)
+    grammar = await asyncio.to_thread(output_grammar, service, fields) if wants_grammar(fields) else None
     if grammar is not None and tools.choice not in (options.AUTO, options.NONE):
         raise RequestError("response_format and tool_choice cannot both decide the answer", parameter="tool_choice")
     shown = tools.tools if tools.choice != options.NONE else None
@@ -125,7 +126,7 @@ async def to_asks(service: Service, fields: ChatFields) -> list[Ask]:
         thinking_tokens=thinking.tokens,
         tools=shown or None,
         several_calls=tools.several,
-        grammar=grammar or options.tool_grammar(service, tools),
+        grammar=grammar or await options.tool_grammar(service, tools),
         ignore_eos=bool(fields.ignore_eos),
     )
     if count == 1:
@@ -226,6 +227,10 @@ def thinking_option(fields: ChatFields) -> options.ThinkingOption:
             raise RequestError("thinking_token_budget must not be negative", parameter="thinking_token_budget")
         option = options.ThinkingOption(option.enabled if budget else False, budget)
     return option
+
+
+def wants_grammar(fields: ChatFields) -> bool:
+    return bool(fields.response_format or fields.structured_outputs)
 
 
 def output_grammar(service: Service, fields: ChatFields) -> Compiled | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -88,7 +89,7 @@ async def to_asks(service: Service, fields: CompletionFields) -> tuple[list[Ask]
     grammar = None
     if fields.structured_outputs:
         like_chat = chat_completions.ChatFields(messages=[], structured_outputs=fields.structured_outputs)
-        grammar = chat_completions.output_grammar(service, like_chat)
+        grammar = await asyncio.to_thread(chat_completions.output_grammar, service, like_chat)
     sampling = options.sampling(
         service,
         {

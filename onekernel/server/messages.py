@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -80,7 +81,8 @@ async def to_ask(service: Service, fields: MessageFields) -> Ask:
             raise body.unsupported(name, "this server runs no tools itself")
     prompt, inside, choice = await _prompt(service, fields)
     thinking = thinking_option(fields)
-    grammar = output_grammar(service, fields)
+    wanted = fields.output_format or fields.output_config
+    grammar = await asyncio.to_thread(output_grammar, service, fields) if wanted else None
     if grammar is not None and choice.choice not in (options.AUTO, options.NONE):
         raise RequestError("output_format and tool_choice cannot both decide the answer", parameter="tool_choice")
     sampling = options.sampling(
@@ -95,7 +97,7 @@ async def to_ask(service: Service, fields: MessageFields) -> Ask:
         thinking_tokens=thinking.tokens,
         tools=choice.tools if choice.choice != options.NONE else None,
         several_calls=choice.several,
-        grammar=grammar or options.tool_grammar(service, choice),
+        grammar=grammar or await options.tool_grammar(service, choice),
     )
 
 

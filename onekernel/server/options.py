@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
@@ -136,9 +137,10 @@ def check_tools(option: ToolOption, field: str = "tool_choice") -> None:
         )
 
 
-def tool_grammar(service: Service, option: ToolOption) -> Compiled | None:
+async def tool_grammar(service: Service, option: ToolOption) -> Compiled | None:
     """What enforces a choice of REQUIRED or of one function; None if the model is free."""
     if option.choice in (AUTO, NONE) or not option.tools:
         return None
     tools = [tool for tool in option.tools if option.choice == REQUIRED or tool["function"]["name"] == option.choice]
-    return service.grammars.tool_calls(tools, several=option.several and option.choice == REQUIRED)
+    several = option.several and option.choice == REQUIRED
+    return await asyncio.to_thread(service.grammars.tool_calls, tools, several=several)

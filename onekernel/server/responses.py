@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -84,7 +85,7 @@ async def to_ask(service: Service, fields: ResponseFields, tools: responses_inpu
         tools.add(tool, f"tools[{i}]")
     messages = responses_input.to_messages(fields.input, fields.instructions, tools)
     choice = responses_input.tool_choice(fields.tool_choice, tools, fields.parallel_tool_calls is not False)
-    grammar = output_grammar(service, fields)
+    grammar = await asyncio.to_thread(output_grammar, service, fields) if fields.text else None
     if grammar is not None and choice.choice not in (options.AUTO, options.NONE):
         raise RequestError("text.format and tool_choice cannot both decide the answer", parameter="tool_choice")
     thinking = options.effort(fields.reasoning.effort if fields.reasoning else None, "reasoning.effort")
@@ -109,7 +110,7 @@ async def to_ask(service: Service, fields: ResponseFields, tools: responses_inpu
         thinking_tokens=thinking.tokens,
         tools=shown,
         several_calls=choice.several,
-        grammar=grammar or options.tool_grammar(service, choice),
+        grammar=grammar or await options.tool_grammar(service, choice),
     )
 
 

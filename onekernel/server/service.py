@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -191,6 +192,8 @@ class Service:
             cache_bytes=settings.cache_bytes,
         )
         self.grammars = Grammars(model.tokenizer)
+        # Takes a second for a large vocabulary: meanwhile requests without a grammar are served.
+        threading.Thread(target=self.grammars.load, name="onekernel-grammars", daemon=True).start()
         self.metrics = Metrics(self.scheduler, find_meter(model.engine.name))
         self.end_tokens = model.stop_tokens
         self.started_at = time.time()

@@ -6,6 +6,7 @@ The work is done by llguidance: it knows the bytes of each token of the vocabula
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,10 +58,11 @@ Compiled = Callable[[int | None], GrammarConstraint]
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._loading = threading.Lock()
         self._vocabulary: llguidance.LLTokenizer | None = None  # takes a second for 250,000 tokens: when it is needed
 
     def json_schema(self, schema: Any) -> Compiled:
@@ -92,26 +94,26 @@ class Grammars:
         return self._compile("schema of the tools", tool_grammar(tools, several=several))
 
     def _compile(self, what: str, grammar: str) -> Compiled:
-        vocabulary = self._loaded()
-        wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
-        if wrong:
-            raise InvalidRequest(f"the {what} cannot be enforced: {messages[0].strip()}")
+        matcher = llguidance.LLMatcher(self.load(), grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidRequest(f"the {what} cannot be enforced: {matcher.get_error().strip()}")
         end_tokens = sorted(self._tokenizer.stop_token_ids)
 
         def make(starts_after: int | None) -> GrammarConstraint:
-            matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-            return GrammarConstraint(matcher, self._tokenizer.size, end_tokens, starts_after)
+            return GrammarConstraint(matcher.deep_copy(), self._tokenizer.size, end_tokens, starts_after)
 
         return make
 
-    def _loaded(self) -> llguidance.LLTokenizer:
-        if self._vocabulary is None:
-            self._vocabulary = llguidance.LLTokenizer(
-                self._tokenizer.to_json(),
-                n_vocab=self._tokenizer.size,
-                eos_token=sorted(self._tokenizer.stop_token_ids),
-            )
-        return self._vocabulary
+    def load(self) -> llguidance.LLTokenizer:
+        """Read the vocabulary now, so that the first grammar need not wait for it."""
+        with self._loading:
+            if self._vocabulary is None:
+                self._vocabulary = llguidance.LLTokenizer(
+                    self._tokenizer.to_json(),
+                    n_vocab=self._tokenizer.size,
+                    eos_token=sorted(self._tokenizer.stop_token_ids),
+                )
+            return self._vocabulary
 
 
 def tool_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:

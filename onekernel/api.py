@@ -87,7 +87,8 @@ class Model:
         self.tokenizer = tokenizer
         self._folder = folder
         self._template: ChatTemplate | None = None
-        self._stop_tokens = frozenset(tokenizer.stop_token_ids) | frozenset(engine.shape.eos_token_ids)
+        self.stop_tokens = frozenset(tokenizer.stop_token_ids) | frozenset(engine.shape.eos_token_ids)
+        """Tokens that end an answer."""
 
     def generate(
         self,
@@ -262,7 +263,7 @@ class Model:
     ) -> Stream:
         """Stream text from a session that holds its prompt; `started_at` (time.perf_counter) counts for ttft_s."""
         stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        return Stream(session, self.tokenizer, sampling, max_tokens, stop_strings, self._stop_tokens, started_at)
+        return Stream(session, self.tokenizer, sampling, max_tokens, stop_strings, self.stop_tokens, started_at)
 
     def close(self) -> None:
         """Free the memory of the model. Safe to call twice."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken as SampledToken  # part of this boundary
 from onekernel.sampling.params import SamplingParams
 
@@ -52,6 +53,8 @@ class Backend(Protocol):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
+        constraint: Constraint | None = None,
+        generated: int = 0,
     ) -> Generator[SampledToken, None, None]:
         """Consume `tokens` (at least one), then yield up to `max_tokens` sampled ones, each as it is made.
 
@@ -60,8 +63,10 @@ class Backend(Protocol):
         token; `state.position` then tells what was consumed (more than was yielded only if `runs_ahead`).
 
         `history` holds all tokens of the timeline before `tokens`; with `tokens` it is the prompt that
-        repetition_penalty looks at. `sampling.seed` is never None here; the random number of a token depends only on
-        the seed, on the position of the token in the timeline and on its id.
+        repetition_penalty looks at. Its last `generated` tokens belong to the same answer, made in an earlier call:
+        presence_penalty and frequency_penalty count them. Only what `constraint` allows is sampled. `sampling.seed` is
+        never None here; the random number of a token depends only on the seed, on the position of the token in the
+        timeline and on its id.
 
         Raises InvalidRequest at the call, not at the first token, if `tokens` is empty, a token does not exist, the
         context cannot hold `tokens`, or the sampling parameters do not fit the model; nothing is consumed then.

@@ -124,7 +124,7 @@ class CudaBackend(StepwiseBackend[State]):
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
     ) -> Generator[SampledToken, None, None]:
-        if len(stop_tokens) > MOST_STOP_TOKENS:
+        if sampler.constraint is not None or len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
         self._advance(state, tokens[:-1])

@@ -11,6 +11,7 @@ import numpy as np
 from onekernel.backend.base import State
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import InvalidRequest
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.sampling.sampler import Sampler
 
@@ -64,12 +65,14 @@ class StepwiseBackend(ABC, Generic[StateT]):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
+        constraint: Constraint | None = None,
+        generated: int = 0,
     ) -> Generator[SampledToken, None, None]:
         # Not a generator itself: a request that cannot run is refused here and not at the first token.
         if not tokens:
             raise InvalidRequest("tokens is empty: generating needs at least one token to start from")
         self._check(state, tokens)
-        sampler = Sampler(sampling, self.vocabulary_size, [*history, *tokens])
+        sampler = Sampler(sampling, self.vocabulary_size, [*history, *tokens], constraint, generated)
         return self._generate(state, tokens, sampler, max_tokens, stop_tokens)
 
     def _generate(

@@ -102,7 +102,7 @@ def test_memory_needed_is_of_the_chosen_backend(with_gpu) -> None:
     with_gpu(made_up())
     shape = SIZES["0.8b"]
     weights = 2 * 752_393_024
-    assert weights < choose.memory_needed("auto", shape) < 1.1 * weights  # 16 bits a weight on the GPU
+    assert weights < choose.memory_needed("auto", shape) < 1.2 * weights  # 16 bits a weight on the GPU, and scratch
     assert choose.memory_needed("cpu", shape) > 2 * weights  # 32 on the CPU
 
 

@@ -27,6 +27,8 @@ from onekernel.checkpoint.weights import load_weights
 from onekernel.gpu.decoder import Decoder
 from onekernel.gpu.device import find_gpu
 from onekernel.gpu.layout import Layout
+from onekernel.sampling.params import SamplingParams
+from onekernel.sampling.sampler import Sampler
 
 folder = hub.resolve("demo")
 shape = Shape.load(folder)
@@ -34,7 +36,8 @@ gpu = find_gpu()
 decoder = Decoder(gpu, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory), load_weights(folder, shape),
                   spin_limit=200_000_000_000)
 state = decoder.new_state()
-made = list(decoder.greedy(state, [5, 80, 200] * 20, 20, frozenset()))
+sampler = Sampler(SamplingParams(), shape.vocab)
+made = [token.id for token in decoder.generate(state, [5, 80, 200] * 20, sampler, 20, frozenset())]
 again = decoder.restore(decoder.snapshot(state))
 decoder.logits(again, made[-3:])
 decoder.close()

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from measures import random_tokens
+from measures import greedy, random_tokens
 from random_model import random_weights, shortened
 from state_parts import state_bytes
 
@@ -36,7 +36,7 @@ def generate(decoder: Decoder, state: State, count: int, per_launch: int, prompt
     """`count` greedy tokens, `per_launch` at a time."""
     tokens, made = list(prompt), []
     while len(made) < count:
-        some = list(decoder.greedy(state, tokens, min(per_launch, count - len(made)), frozenset()))
+        some = list(greedy(decoder, state, tokens, min(per_launch, count - len(made))))
         made += some
         tokens = some[-1:]
     return made
@@ -98,7 +98,7 @@ def test_interleaved_sessions_do_not_touch_each_other(decoder: Decoder) -> None:
     made: list[list[int]] = [[] for _ in prompts]
     for _ in range(10):
         for i, state in enumerate(states):
-            some = list(decoder.greedy(state, turns[i], 4, frozenset()))
+            some = list(greedy(decoder, state, turns[i], 4))
             made[i] += some
             turns[i] = some[-1:]
     assert made == alone
@@ -122,7 +122,7 @@ def test_context_grows_past_its_first_capacity(decoder: Decoder, record_property
 
 def test_cancel_stops_within_one_token(decoder: Decoder, record_property) -> None:
     state = decoder.new_state()
-    with closing(decoder.greedy(state, list(PROMPT), 1000, frozenset())) as made:
+    with closing(greedy(decoder, state, list(PROMPT), 1000)) as made:
         start = time.perf_counter()
         first = [next(made) for _ in range(10)]
         for _ in range(100):
@@ -152,5 +152,7 @@ def test_launch_ends_at_max_tokens_and_at_end_tokens(decoder: Decoder) -> None:
     stop = next(token for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i])
     at = tokens.index(stop)
     state = decoder.new_state()
-    assert list(decoder.greedy(state, list(PROMPT), 60, frozenset({stop, decoder.shape.vocab - 1}))) == tokens[: at + 1]
+    assert (
+        list(greedy(decoder, state, list(PROMPT), 60, frozenset({stop, decoder.shape.vocab - 1}))) == tokens[: at + 1]
+    )
     assert state.position == len(PROMPT) + at  # the end token itself is not consumed

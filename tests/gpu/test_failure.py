@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from measures import greedy
 
 from onekernel.errors import InvalidRequest, NotEnoughMemory
 from onekernel.gpu.decoder import Decoder
@@ -23,6 +24,11 @@ from onekernel.errors import BackendError
 from onekernel.gpu.decoder import Decoder
 from onekernel.gpu.device import find_gpu
 from onekernel.gpu.layout import Layout
+from onekernel.sampling.params import SamplingParams
+from onekernel.sampling.sampler import Sampler
+
+def greedy(decoder, state, tokens, count):
+    return decoder.generate(state, tokens, Sampler(SamplingParams(), shape.vocab), count, frozenset())
 
 folder = hub.resolve("demo")
 shape = Shape.load(folder)
@@ -30,7 +36,7 @@ gpu = find_gpu()
 layout = Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory)
 weights = load_weights(folder, shape)
 sound = Decoder(gpu, layout, weights)
-list(sound.greedy(sound.new_state(), [1, 2, 3], 5, frozenset()))
+list(greedy(sound, sound.new_state(), [1, 2, 3], 5))
 decoder = Decoder(gpu, dataclasses.replace(layout, dead_block=layout.blocks // 2, dead_layer=2), weights, int(5e8))
 state = decoder.new_state()
 start, messages = time.monotonic(), []
@@ -43,12 +49,12 @@ def failing(action):
     else:
         messages.append("no error")
 
-failing(lambda: list(decoder.greedy(state, [1], 5, frozenset())))
+failing(lambda: list(greedy(decoder, state, [1], 5)))
 seconds = time.monotonic() - start
 failing(lambda: decoder.next_logits(state, [1]))
 failing(decoder.new_state)
 failing(lambda: decoder.snapshot(state))
-failing(lambda: list(sound.greedy(state, [1], 5, frozenset())))
+failing(lambda: list(greedy(sound, state, [1], 5)))
 failing(lambda: Decoder(find_gpu(), layout, weights))
 decoder.close()
 sound.close()
@@ -86,14 +92,14 @@ def test_too_little_memory_is_refused_with_the_numbers(gpu: Gpu, demo: Decoder, 
 
 def test_context_too_large_for_the_gpu_leaves_the_state_as_it_was(demo: Decoder) -> None:
     state = demo.new_state()
-    before = list(demo.greedy(state, [1, 2, 3], 20, frozenset()))
+    before = list(greedy(demo, state, [1, 2, 3], 20))
     snapshot = demo.snapshot(state)
     capacity = state.capacity
     with pytest.raises(NotEnoughMemory, match=r"a context of \d+ tokens needs a cache of \d+\.\d\d GiB on the GPU"):
         demo.reserve(state, 2**28)
     assert state.capacity == capacity
-    expected = list(demo.greedy(demo.restore(snapshot), before[-1:], 20, frozenset()))
-    assert list(demo.greedy(state, before[-1:], 20, frozenset())) == expected
+    expected = list(greedy(demo, demo.restore(snapshot), before[-1:], 20))
+    assert list(greedy(demo, state, before[-1:], 20)) == expected
 
 
 def test_prompt_that_is_too_long_is_refused_before_anything_is_consumed(gpu: Gpu, demo_folder, demo_shape) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from measures import greedy
 from test_demo_tokens import PROMPTS
 
 from onekernel.gpu.decoder import Decoder
@@ -21,7 +22,7 @@ def timeline(decoder: Decoder, prompt: list[int]) -> list[int]:
     """LENGTH greedy tokens, as many a launch as it can make."""
     state, tokens, made = decoder.new_state(), list(prompt), []
     while len(made) < LENGTH:
-        some = list(decoder.greedy(state, tokens, min(OUTPUT_RING, LENGTH - len(made)), frozenset()))
+        some = list(greedy(decoder, state, tokens, min(OUTPUT_RING, LENGTH - len(made))))
         made += some
         tokens = some[-1:]
     return made

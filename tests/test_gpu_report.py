@@ -22,7 +22,7 @@ def complaints(report: dict, digest: str, pending: dict = NOTHING) -> list[str]:
     found = []
     if report["kernel_sources"] != digest:
         found.append("the kernel sources have changed since: run python tests/gpu/run.py on that GPU again")
-    if report["pytest_arguments"]:
+    if any(not argument.startswith(("--durations", "--tb")) for argument in report["pytest_arguments"]):
         found.append(f"it may be a part: {report['command']}")
     reason = pending["reason"]
     for test in report["tests"]:

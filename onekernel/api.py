@@ -61,12 +61,13 @@ def load(
         BackendError: the backend cannot run here.
         InvalidRequest: an unknown backend or an impossible max_context.
     """
-    choice = choose(backend)
+    choose(backend)  # a backend that cannot run is refused before anything is downloaded
     folder = hub.resolve(model)
     shape = Shape.load(folder)
     if max_context is not None and not 1 <= max_context <= shape.max_context:
         raise InvalidRequest(f"max_context = {max_context} must be between 1 and {shape.max_context}, the model's own")
     tokenizer = Tokenizer.load(folder)
+    choice = choose(backend, shape)
     if report is not None:
         memory = memory_needed(choice.name, shape) / 2**30
         report(f"loading {model} on the backend {choice.name} ({choice.reason}): {memory:.2f} GiB of memory")

@@ -19,6 +19,7 @@ LAYERS = (
     ("scheduler", "stream"),
     ("api",),
     ("conversation", "server"),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

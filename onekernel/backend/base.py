@@ -31,7 +31,10 @@ class Backend(Protocol):
     name: str  # "cpu", "cuda", "fake"
     shape: Shape
     max_context: int  # tokens that one state can hold
+    prefill_chunk: int  # tokens to give `prefill` at once, where there are more: it cannot be interrupted
     runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
+    # A backend on a GPU may also have `device_seconds: float`, the GPU time of all its launches so far, by the GPU's
+    # own clock: the benchmarks then show device time beside wall time.
 
     def new_state(self) -> Any:
         """An empty timeline (position 0)."""

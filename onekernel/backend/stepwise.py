@@ -32,6 +32,7 @@ def check_limits(shape: Shape, vocabulary_size: int, max_context: int | None) ->
 class StepwiseBackend(ABC, Generic[StateT]):
     """Implements `prefill`, `generate` and `logits` of the Backend protocol on one method, `_consume`."""
 
+    prefill_chunk = 512
     runs_ahead = False
 
     def __init__(self, shape: Shape, vocabulary_size: int, max_context: int | None) -> None:

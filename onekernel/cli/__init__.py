@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import chat, doctor, generate, models, pull, serve
+from onekernel.cli import bench, chat, compile, doctor, generate, models, perplexity, pull, serve
 from onekernel.cli.options import INTERRUPTED
 from onekernel.errors import OnekernelError
 
@@ -20,9 +20,12 @@ VERBS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "perplexity": perplexity,
     "pull": pull,
     "models": models,
+    "compile": compile,
     "doctor": doctor,
+    "bench": bench,
 }
 
 

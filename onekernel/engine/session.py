@@ -22,8 +22,6 @@ from onekernel.sampling.params import SampledToken, SamplingParams
 if TYPE_CHECKING:
     from onekernel.engine.engine import Engine
 
-PREFILL_CHUNK = 512  # tokens consumed between two looks at the cancel flag
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -190,7 +188,7 @@ class Session:
         self.finish_reason = "cancelled"
         try:
             with self._engine.exclusive(self._cancelled) as backend:
-                self._consume(backend, keep=1 if backend.runs_ahead else PREFILL_CHUNK)
+                self._consume(backend, keep=1 if backend.runs_ahead else backend.prefill_chunk)
                 state = self._ready(backend)
                 if self._cancelled.is_set():
                     return
@@ -240,7 +238,7 @@ class Session:
         state = self._ready(backend)
         while (pending := len(self._tokens) - state.position) > keep and not self._cancelled.is_set():
             self._state = None  # until the backend has returned in good order
-            backend.prefill(state, self._tokens[state.position :][: min(PREFILL_CHUNK, pending - 1)])
+            backend.prefill(state, self._tokens[state.position :][: min(backend.prefill_chunk, pending - 1)])
             self._state = state
 
     def _ready(self, backend: Backend) -> Any:

@@ -76,11 +76,9 @@ class Sampler:
             InvalidRequest: logit_bias and the constraint leave no token to choose.
         """
         raw = logits[: self.vocabulary_size]
-        if not np.isfinite(raw.max()):  # NaN spreads through max
-            raise BackendError(
-                f"the model computed logits with a maximum of {raw.max()} at position {position}: "
-                "weights or memory are damaged; check the files of the model, then report this as a bug"
-            )
+        highest = raw.max()
+        if not np.isfinite(highest):  # NaN spreads through max
+            raise damaged(float(highest), position)
         scores = self._adjusted(raw)
         if self.constraint is not None and (allowed := self.constraint.allowed()) is not None:
             scores = np.where(allowed, scores, np.float32(-np.inf))
@@ -95,11 +93,15 @@ class Sampler:
             raise InvalidRequest(
                 "logit_bias (or the grammar) forbids every token that could be chosen; allow at least one"
             )
+        self.record(token)
+        return self._reported(raw, token)
+
+    def record(self, token: int) -> None:
+        """Remember a token that was chosen elsewhere: a backend that chooses on its own device tells each one."""
         self.generated[token] += 1
         self.seen[token] = True
         if self.constraint is not None:
             self.constraint.accept(token)
-        return self._reported(raw, token)
 
     def _adjusted(self, raw: np.ndarray) -> np.ndarray:
         """Logits after penalties and bias, in float32."""
@@ -127,6 +129,14 @@ class Sampler:
         logprobs = shifted - np.log(np.exp(shifted).sum())
         top = largest(raw, count)
         return SampledToken(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def damaged(highest: float, position: int) -> BackendError:
+    """The error for logits whose maximum is no finite number."""
+    return BackendError(
+        f"the model computed logits with a maximum of {highest} at position {position}: "
+        "weights or memory are damaged; check the files of the model, then report this as a bug"
+    )
 
 
 def _tempered(scores: np.ndarray, temperature: float) -> np.ndarray:

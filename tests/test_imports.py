@@ -18,8 +18,8 @@ LAYERS = (
     ("engine", "text"),
     ("scheduler", "stream"),
     ("api",),
-    ("conversation", "server"),
-    ("bench",),
+    ("conversation", "launch", "server"),
+    ("bench", "probe"),
     ("cli",),
     ("__main__",),
 )
@@ -28,6 +28,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOMES: dict[str, tuple[str, ...]] = {
     "cuda": ("gpu",),
     "rich": ("cli",),
+    "httpx2": ("launch", "probe"),
     "jinja2": ("text",),
     "tokenizers": ("text",),
     "llguidance": ("text",),

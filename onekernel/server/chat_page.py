@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "page"
 INDEX = "index.html"
 # The page loads nothing from elsewhere, sends nothing elsewhere, and is shown in no other page.
 POLICY = (
-    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 

@@ -31,7 +31,7 @@ class Reasoning(Fields):
 class ResponseFields(Fields):
     """The body of a request."""
 
-    input: str | list[dict[str, Any]] | None = None
+    input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
     stream: bool | None = None

@@ -88,15 +88,13 @@ def _custom_description(tool: dict[str, Any], description: str | None) -> str:
     return description or ""
 
 
-def to_messages(
-    given: str | list[dict[str, Any]] | None, instructions: str | None, tools: Tools
-) -> list[dict[str, Any]]:
+def to_messages(given: str | list[dict[str, Any]], instructions: str | None, tools: Tools) -> list[dict[str, Any]]:
     """As the template takes them."""
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
-    if isinstance(given, str) or given is None:
-        messages.append({"role": "user", "content": given or ""})
+    if isinstance(given, str):
+        messages.append({"role": "user", "content": given})
         return history.for_template(messages)
     for i, item in enumerate(given):
         _add_item(messages, item, f"input[{i}]", tools)

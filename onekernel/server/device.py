@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +37,11 @@ def find_meter(backend: str, powercap: Path = POWERCAP) -> Callable[[], float] |
 
 
 def _gpu() -> Callable[[], float] | None:
-    if importlib.util.find_spec("onekernel.gpu.nvml") is None:
-        return None
+    from onekernel.gpu.nvml import Nvml
+    from onekernel.gpu.probe import bus_id
+
     try:
-        bus_id = importlib.import_module("onekernel.gpu.probe").bus_id()
-        energy = importlib.import_module("onekernel.gpu.nvml").Nvml(bus_id).energy
+        energy = Nvml(bus_id()).energy
         first = energy()
     except OnekernelError:
         return None

@@ -61,12 +61,13 @@ def load(
         BackendError: the backend cannot run here.
         InvalidRequest: an unknown backend or an impossible max_context.
     """
-    choice = choose(backend)
+    choose(backend)  # a backend that cannot run is refused before anything is downloaded
     folder = hub.resolve(model)
     shape = Shape.load(folder)
     if max_context is not None and not 1 <= max_context <= shape.max_context:
         raise InvalidRequest(f"max_context = {max_context} must be between 1 and {shape.max_context}, the model's own")
     tokenizer = Tokenizer.load(folder)
+    choice = choose(backend, shape)
     if report is not None:
         memory = memory_needed(choice.name, shape) / 2**30
         report(f"loading {model} on the backend {choice.name} ({choice.reason}): {memory:.2f} GiB of memory")
@@ -86,7 +87,8 @@ class Model:
         self.tokenizer = tokenizer
         self._folder = folder
         self._template: ChatTemplate | None = None
-        self._stop_tokens = frozenset(tokenizer.stop_token_ids) | frozenset(engine.shape.eos_token_ids)
+        self.stop_tokens = frozenset(tokenizer.stop_token_ids) | frozenset(engine.shape.eos_token_ids)
+        """Tokens that end an answer."""
 
     def generate(
         self,
@@ -261,7 +263,7 @@ class Model:
     ) -> Stream:
         """Stream text from a session that holds its prompt; `started_at` (time.perf_counter) counts for ttft_s."""
         stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        return Stream(session, self.tokenizer, sampling, max_tokens, stop_strings, self._stop_tokens, started_at)
+        return Stream(session, self.tokenizer, sampling, max_tokens, stop_strings, self.stop_tokens, started_at)
 
     def close(self) -> None:
         """Free the memory of the model. Safe to call twice."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 from onekernel.backend.fake import FakeBackend, FakeState, default_next_token
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken, SamplingParams
 
 
@@ -62,11 +63,13 @@ class WatchedBackend(FakeBackend):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
+        constraint: Constraint | None = None,
+        generated: int = 0,
     ) -> Generator[SampledToken, None, None]:
         assert list(history) == state.tokens, "the session lost track of what was consumed"
         self.calls.append("generate")
         self.seeds.append(sampling.seed)
-        made = super().generate(state, tokens, history, sampling, max_tokens, stop_tokens)
+        made = super().generate(state, tokens, history, sampling, max_tokens, stop_tokens, constraint, generated)
         return self._disturbed(state, made)
 
     def _disturbed(

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -281,9 +282,14 @@ def test_load_runs_a_checkpoint(random_folder: Path) -> None:
     assert "on the backend cpu (it was asked for): 0." in lines[0]
 
 
-def test_load_refuses_what_cannot_be(random_folder: Path) -> None:
+def test_load_refuses_what_cannot_be(random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequest, match="max_context = 513 must be between 1 and 512"):
         onekernel.load(str(random_folder), max_context=513)
+
+    def no_gpu() -> NoReturn:
+        raise BackendError("there is no NVIDIA driver on this machine")
+
+    monkeypatch.setattr("onekernel.backend.cuda.find_gpu", no_gpu)
     with pytest.raises(BackendError, match="the backend cuda cannot run"):
         onekernel.load(str(random_folder), backend="cuda")
 

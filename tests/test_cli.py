@@ -89,7 +89,7 @@ def test_every_sampling_flag_reaches_the_parameters(make_model, loaded, capsys, 
     ("arguments", "message"),
     [
         (["genrate", "x"], "unknown verb 'genrate': did you mean 'generate'?"),
-        (["xyzzy"], "unknown verb 'xyzzy': the verbs are generate, chat, pull, models, doctor"),
+        (["xyzzy"], f"unknown verb 'xyzzy': the verbs are {', '.join(VERBS)}"),
         (["generate"], "the following arguments are required: PROMPT"),
         (["generate", "x", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["generate", "x", "--logit-bias", "7"], "argument --logit-bias: '7' is not ID=X, a token id and a number"),

@@ -16,10 +16,10 @@ LAYERS = (
     ("gpu", "reference"),
     ("backend",),
     ("engine", "text"),
-    ("stream",),
+    ("scheduler", "stream"),
     ("api",),
-    ("conversation",),
-    ("bench",),
+    ("conversation", "launch", "server"),
+    ("bench", "probe"),
     ("cli",),
     ("__main__",),
 )
@@ -28,8 +28,14 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOMES: dict[str, tuple[str, ...]] = {
     "cuda": ("gpu",),
     "rich": ("cli",),
+    "httpx2": ("launch", "probe"),
     "jinja2": ("text",),
     "tokenizers": ("text",),
+    "llguidance": ("text",),
+    "starlette": ("server",),
+    "uvicorn": ("server",),
+    "msgspec": ("server",),
+    "prometheus_client": ("server",),
     "torch": (),
     "transformers": (),
 }

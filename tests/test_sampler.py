@@ -300,3 +300,59 @@ def test_any_parameters_choose_a_token(values: list[float], params: SamplingPara
         assert 0 <= token.id < len(logits)
         assert len(token.top_logprobs) == min(params.logprobs or 0, len(logits))
     np.testing.assert_array_equal(logits, before)
+
+
+class Only:
+    """A constraint: these tokens, and a record of what was chosen."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.mask = np.isin(np.arange(VOCABULARY), tokens)
+        self.chosen: list[int] = []
+
+    def allowed(self) -> np.ndarray | None:
+        return self.mask if self.mask.any() else None
+
+    def accept(self, token: int) -> None:
+        self.chosen.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_constraint_leaves_only_what_it_allows_and_hears_what_was_chosen(temperature: float) -> None:
+    constraint = Only(3, 17)
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1), VOCABULARY, constraint=constraint)
+    chosen = [sampler.choose(LOGITS, position).id for position in range(40)]
+    assert set(chosen) <= {3, 17}
+    assert constraint.chosen == chosen
+    assert temperature or set(chosen) == {max(3, 17, key=lambda token: LOGITS[token])}
+
+
+def test_a_constraint_may_allow_everything() -> None:
+    free = Sampler(SamplingParams(), VOCABULARY, constraint=Only()).choose(LOGITS, 0)
+    assert free.id == int(LOGITS.argmax())
+
+
+def test_log_probabilities_are_the_models_under_a_constraint_too() -> None:
+    params = SamplingParams(logprobs=2)
+    held = Sampler(params, VOCABULARY, constraint=Only(3)).choose(LOGITS, 0)
+    free = Sampler(params, VOCABULARY).choose(LOGITS, 0)
+    assert held.id == 3
+    assert held.top_logprobs == free.top_logprobs
+    assert held.logprob is not None
+    assert held.logprob < held.top_logprobs[0][1]
+
+
+def test_a_constraint_and_a_bias_that_leave_nothing_are_an_error() -> None:
+    params = SamplingParams(logit_bias={3: -np.inf})
+    with pytest.raises(InvalidRequest, match="forbids every token"):
+        Sampler(params, VOCABULARY, constraint=Only(3)).choose(LOGITS, 0)
+
+
+def test_tokens_generated_in_an_earlier_part_count_for_the_penalties() -> None:
+    params = SamplingParams(frequency_penalty=1.0, presence_penalty=0.5)
+    whole = Sampler(params, VOCABULARY, [1, 2])
+    tokens = [1, 2]
+    for position in range(2, 30):
+        token = whole.choose(LOGITS, position).id
+        part = Sampler(params, VOCABULARY, tokens, generated=position - 2)
+        assert part.choose(LOGITS, position).id == token
+        tokens.append(token)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken as SampledToken  # part of this boundary
 from onekernel.sampling.params import SamplingParams
 
@@ -30,6 +31,7 @@ class Backend(Protocol):
     name: str  # "cpu", "cuda", "fake"
     shape: Shape
     max_context: int  # tokens that one state can hold
+    prefill_chunk: int  # tokens to give `prefill` at once, where there are more: it cannot be interrupted
     runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
     # A backend on a GPU may also have `device_seconds: float`, the GPU time of all its launches so far, by the GPU's
     # own clock: the benchmarks then show device time beside wall time.
@@ -51,6 +53,8 @@ class Backend(Protocol):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
+        constraint: Constraint | None = None,
+        generated: int = 0,
     ) -> Generator[SampledToken, None, None]:
         """Consume `tokens` (at least one), then yield up to `max_tokens` sampled ones, each as it is made.
 
@@ -59,8 +63,10 @@ class Backend(Protocol):
         token; `state.position` then tells what was consumed (more than was yielded only if `runs_ahead`).
 
         `history` holds all tokens of the timeline before `tokens`; with `tokens` it is the prompt that
-        repetition_penalty looks at. `sampling.seed` is never None here; the random number of a token depends only on
-        the seed, on the position of the token in the timeline and on its id.
+        repetition_penalty looks at. Its last `generated` tokens belong to the same answer, made in an earlier call:
+        presence_penalty and frequency_penalty count them. Only what `constraint` allows is sampled. `sampling.seed` is
+        never None here; the random number of a token depends only on the seed, on the position of the token in the
+        timeline and on its id.
 
         Raises InvalidRequest at the call, not at the first token, if `tokens` is empty, a token does not exist, the
         context cannot hold `tokens`, or the sampling parameters do not fit the model; nothing is consumed then.

@@ -1,4 +1,4 @@
-"""The CUDA backend: the decode kernel on one NVIDIA GPU."""
+"""The CUDA backend: the prefill and the decode kernel on one NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -13,30 +13,70 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
 from onekernel.gpu import decoder
+from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
-from onekernel.gpu.device import find_gpu
+from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
-from onekernel.sampling.params import SampledToken, SamplingParams
+from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
+from onekernel.gpu.prefiller import Prefiller
+from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler
 
 TOKENS_PER_LAUNCH = 256
+LEAST_PREFILL = 16  # tokens from which on one prefill takes less time than so many steps of the decode kernel
+
+
+def usable_gpu() -> Gpu:
+    """The GPU that CudaBackend would use.
+
+    Raises:
+        BackendError: there is none, or no compiler for its kernels; one sentence says why.
+    """
+    gpu = find_gpu()
+    compiler_version()
+    return gpu
+
+
+def check_fits(gpu: Gpu, shape: Shape) -> None:
+    """Whether a model of this shape runs on `gpu` beside what is there now.
+
+    Raises:
+        UnsupportedModel, NotEnoughMemory: it does not; the message says why.
+    """
+    decoder.check_memory(gpu, _layout(gpu, shape, shape.vocab))
 
 
 def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
     gpu = find_gpu()
-    return decoder.memory_needed(shape, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_memory))
+    layout = _layout(gpu, shape, shape.vocab)
+    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    scratch = sum(prefill.scratch(MOST_CHUNK_TOKENS).values()) if prefill else 0
+    return decoder.memory_needed(shape, layout) + scratch
+
+
+def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
+    return Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
 
 
 class CudaBackend(StepwiseBackend[State]):
-    """Greedy generation runs ahead on the GPU, many tokens a launch; other sampling takes one launch a token for now."""
+    """Generation runs ahead on the GPU, many tokens a launch, sampling included."""
 
     name = "cuda"
     runs_ahead = True
+    prefill_chunk = MOST_CHUNK_TOKENS
 
-    def __init__(self, decoder: Decoder, vocabulary_size: int, max_context: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocabulary_size: int,
+        max_context: int | None = None,
+        prefiller: Prefiller | None = None,
+    ) -> None:
+        """Args: see StepwiseBackend; without a prefiller, prompts go through the decode kernel."""
         super().__init__(decoder.shape, vocabulary_size, max_context)
         self._decoder: Decoder | None = decoder
+        self._prefiller = prefiller
 
     @classmethod
     def load(cls, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None = None) -> CudaBackend:
@@ -49,9 +89,12 @@ class CudaBackend(StepwiseBackend[State]):
             CheckpointError: see load_weights.
         """
         check_limits(shape, vocabulary_size, max_context)
-        gpu = find_gpu()
-        layout = Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
-        return cls(Decoder(gpu, layout, load_weights(folder, shape)), vocabulary_size, max_context)
+        gpu = usable_gpu()
+        layout = _layout(gpu, shape, vocabulary_size)
+        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+        decoder = Decoder(gpu, layout, load_weights(folder, shape))
+        prefiller = Prefiller(decoder, prefill) if prefill else None
+        return cls(decoder, vocabulary_size, max_context, prefiller)
 
     @property
     def decoder(self) -> Decoder:
@@ -65,35 +108,47 @@ class CudaBackend(StepwiseBackend[State]):
 
     def prefill(self, state: State, tokens: Sequence[int]) -> None:
         self._check(state, tokens)
-        self.decoder.consume(state, tokens)
+        self._advance(state, tokens)
+
+    def _advance(self, state: State, tokens: Sequence[int]) -> None:
+        decoder = self.decoder
+        if self._prefiller and len(tokens) >= LEAST_PREFILL:
+            self._prefiller.prefill(state, tokens)
+        else:
+            decoder.consume(state, tokens)
 
     def _consume(self, state: State, tokens: Sequence[int]) -> np.ndarray:
-        return self.decoder.next_logits(state, tokens)
+        self._advance(state, tokens[:-1])
+        return self.decoder.next_logits(state, tokens[-1:])
 
     def _generate(
         self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
     ) -> Generator[SampledToken, None, None]:
-        if not on_device(sampler.params) or len(stop_tokens) > MOST_STOP_TOKENS:
+        if sampler.constraint is not None or len(stop_tokens) > MOST_STOP_TOKENS:
             yield from super()._generate(state, tokens, sampler, max_tokens, stop_tokens)
             return
+        self._advance(state, tokens[:-1])
+        tokens = tokens[-1:]
         while max_tokens > 0:
             # The last token of a launch is not consumed by it, so it may stand right behind the end of the context.
             room = self.max_context - state.position - len(tokens) + 1
             count = min(max_tokens, room, TOKENS_PER_LAUNCH)
-            with closing(self.decoder.greedy(state, tokens, count, stop_tokens)) as made:
+            with closing(self.decoder.generate(state, tokens, sampler, count, stop_tokens)) as made:
                 for token in made:
-                    yield SampledToken(token)
+                    yield token
             max_tokens -= count
-            if token in stop_tokens or count == room:
+            if token.id in stop_tokens or count == room:
                 return
-            tokens = [token]
+            tokens = [token.id]
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
-        parts = [
-            self.decoder.logits(state, tokens[start : start + MOST_GIVEN])
-            for start in range(0, len(tokens), MOST_GIVEN)
-        ]
+        decoder, parts = self.decoder, []
+        if self._prefiller and len(tokens) >= LEAST_PREFILL:
+            parts = list(self._prefiller.logits(state, tokens))
+        else:
+            for start in range(0, len(tokens), MOST_GIVEN):
+                parts.append(decoder.logits(state, tokens[start : start + MOST_GIVEN]))
         return np.concatenate(parts) if parts else np.empty((0, self.shape.vocab), np.float32)
 
     def snapshot(self, state: State) -> Snapshot:
@@ -104,16 +159,7 @@ class CudaBackend(StepwiseBackend[State]):
 
     def close(self) -> None:
         if self._decoder is not None:
+            if self._prefiller is not None:
+                self._prefiller.close()
             self._decoder.close()
-            self._decoder = None
-
-
-def on_device(sampling: SamplingParams) -> bool:
-    """Whether the kernel itself can choose the tokens."""
-    return (
-        sampling.greedy
-        and sampling.logprobs is None
-        and not sampling.logit_bias
-        and sampling.presence_penalty == sampling.frequency_penalty == 0
-        and sampling.repetition_penalty == 1
-    )
+            self._decoder = self._prefiller = None

@@ -11,6 +11,7 @@ import numpy as np
 from onekernel.backend.base import State
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import InvalidRequest
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.sampling.sampler import Sampler
 
@@ -31,6 +32,7 @@ def check_limits(shape: Shape, vocabulary_size: int, max_context: int | None) ->
 class StepwiseBackend(ABC, Generic[StateT]):
     """Implements `prefill`, `generate` and `logits` of the Backend protocol on one method, `_consume`."""
 
+    prefill_chunk = 512
     runs_ahead = False
 
     def __init__(self, shape: Shape, vocabulary_size: int, max_context: int | None) -> None:
@@ -63,12 +65,14 @@ class StepwiseBackend(ABC, Generic[StateT]):
         sampling: SamplingParams,
         max_tokens: int,
         stop_tokens: frozenset[int],
+        constraint: Constraint | None = None,
+        generated: int = 0,
     ) -> Generator[SampledToken, None, None]:
         # Not a generator itself: a request that cannot run is refused here and not at the first token.
         if not tokens:
             raise InvalidRequest("tokens is empty: generating needs at least one token to start from")
         self._check(state, tokens)
-        sampler = Sampler(sampling, self.vocabulary_size, [*history, *tokens])
+        sampler = Sampler(sampling, self.vocabulary_size, [*history, *tokens], constraint, generated)
         return self._generate(state, tokens, sampler, max_tokens, stop_tokens)
 
     def _generate(

@@ -86,6 +86,12 @@ class Shape:
     def kv_dim(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the state of one timeline that has consumed so many tokens, all in float32."""
+        recurrent = self.value_heads * self.key_head_dim * self.value_head_dim
+        linear = self.linear_layers * (recurrent + self.conv_dim * (self.conv_kernel - 1))
+        return 4 * (linear + self.full_layers * 2 * self.kv_dim * tokens)
+
     @classmethod
     def load(cls, folder: Path) -> Shape:
         """Read `folder/config.json`.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import bench, chat, doctor, generate, models, pull
+from onekernel.cli import bench, chat, compile, doctor, generate, launch, models, perplexity, probe, pull, serve
 from onekernel.cli.options import INTERRUPTED
 from onekernel.errors import OnekernelError
 
@@ -19,8 +19,13 @@ from onekernel.errors import OnekernelError
 VERBS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
+    "launch": launch,
+    "probe": probe,
+    "perplexity": perplexity,
     "pull": pull,
     "models": models,
+    "compile": compile,
     "doctor": doctor,
     "bench": bench,
 }
@@ -91,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         _check_verb(parser, arguments[0])
-        parsed = parser.parse_args(arguments)
+        own, passed_on = _split(arguments)
+        parsed = parser.parse_args(own)
+        parsed.passed_on = passed_on
         code: int = VERBS[parsed.verb].run(parsed)
         sys.stdout.flush()
         return code
@@ -105,6 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone (`| head`). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """(our arguments, those after `--` that `launch` passes on to another program)."""
+    if arguments[0] != "launch" or "--" not in arguments:
+        return arguments, ()
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
 
 
 def _check_verb(parser: Parser, verb: str) -> None:

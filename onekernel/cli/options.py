@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onekernel.api import Model
     from onekernel.stream import Completion
 
+SERVER = "http://127.0.0.1:8000"  # where `onekernel serve` listens unless told otherwise
 INTERRUPTED = 130  # exit code: the shell's 128 + SIGINT
 
 # flag, type, metavar, help. The flag is the name of the field of SamplingParams, which checks the range.
@@ -53,6 +54,11 @@ def load_model(arguments: argparse.Namespace) -> Model:
             max_context=arguments.max_context,
             report=lambda line: print(line, file=sys.stderr),
         )
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=SERVER, metavar="URL", help=f"the address of the server (default {SERVER})")
+    parser.add_argument("--key", metavar="KEY", help="an API key of the server, if it wants one")
 
 
 @contextlib.contextmanager

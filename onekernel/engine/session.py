@@ -16,12 +16,11 @@ import numpy as np
 from onekernel.backend.base import Backend
 from onekernel.engine.turns import CancelledWaiting
 from onekernel.errors import InvalidRequest
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
     from onekernel.engine.engine import Engine
-
-PREFILL_CHUNK = 512  # tokens consumed between two looks at the cancel flag
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,8 @@ class Session:
         sampling: SamplingParams | None = None,
         max_tokens: int | None = None,
         stop_tokens: Iterable[int] = (),
+        constraint: Constraint | None = None,
+        generated: int = 0,
     ) -> Generator[SampledToken, None, None]:
         """Continue the timeline: an iterator over the new tokens, each given out as it is made.
 
@@ -100,6 +101,9 @@ class Session:
             sampling: how tokens are chosen; None is greedy. A seed of None takes a fresh one.
             max_tokens: at most so many tokens, and never more than the context has room for; None: all the room.
             stop_tokens: the stream ends after yielding one of these.
+            constraint: only what it allows is sampled.
+            generated: so many tokens at the end of the timeline belong to the answer that this stream continues:
+                presence_penalty and frequency_penalty count them.
 
         The engine is held from the first `next` until the iterator ends or is closed; closing early is cheap, and
         the timeline then ends with the last token that was yielded. `finish_reason` tells why the stream ended.
@@ -126,7 +130,7 @@ class Session:
         # From here on, not from the first `next` on: a cancel between the two must not be lost.
         self._cancelled.clear()
         self.finish_reason = None
-        return self._stream(sampling, limit, frozenset(stop_tokens))
+        return self._stream(sampling, limit, frozenset(stop_tokens), constraint, generated)
 
     def generate(
         self,
@@ -172,34 +176,42 @@ class Session:
             return np.asarray(rows[-1], dtype=np.float32)
 
     def _stream(
-        self, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]
+        self,
+        sampling: SamplingParams,
+        limit: int,
+        stop_tokens: frozenset[int],
+        constraint: Constraint | None,
+        generated: int,
     ) -> Generator[SampledToken, None, None]:
         self._require_idle()
         self._streaming = True
         self.finish_reason = "cancelled"
         try:
             with self._engine.exclusive(self._cancelled) as backend:
-                self._consume(backend, keep=1 if backend.runs_ahead else PREFILL_CHUNK)
+                self._consume(backend, keep=1 if backend.runs_ahead else backend.prefill_chunk)
                 state = self._ready(backend)
                 if self._cancelled.is_set():
                     return
                 if backend.runs_ahead:
                     self._anchor = Snapshot(self.tokens, backend.snapshot(state))
-                yield from self._continue(backend, state, sampling, limit, stop_tokens)
+                history, pending = self._tokens[: state.position], self._tokens[state.position :]
+                made = backend.generate(
+                    state, pending, history, sampling, limit, stop_tokens, constraint=constraint, generated=generated
+                )
+                yield from self._continue(state, made, stop_tokens)
         except CancelledWaiting:
             return
         finally:
             self._streaming = False
 
     def _continue(
-        self, backend: Backend, state: Any, sampling: SamplingParams, limit: int, stop_tokens: frozenset[int]
+        self, state: Any, made: Generator[SampledToken, None, None], stop_tokens: frozenset[int]
     ) -> Generator[SampledToken, None, None]:
-        """Let the backend consume what is pending and make new tokens."""
-        history, pending = self._tokens[: state.position], self._tokens[state.position :]
+        """Pass on what the backend makes, and keep account of it."""
         # An exception in the backend (ctrl-C too) leaves a state that nobody can vouch for: it is taken back only
         # after an orderly end.
         self._state = None
-        with closing(backend.generate(state, pending, history, sampling, limit, stop_tokens)) as made:
+        with closing(made):
             for token in made:
                 self._tokens.append(token.id)
                 try:
@@ -226,7 +238,7 @@ class Session:
         state = self._ready(backend)
         while (pending := len(self._tokens) - state.position) > keep and not self._cancelled.is_set():
             self._state = None  # until the backend has returned in good order
-            backend.prefill(state, self._tokens[state.position :][: min(PREFILL_CHUNK, pending - 1)])
+            backend.prefill(state, self._tokens[state.position :][: min(backend.prefill_chunk, pending - 1)])
             self._state = state
 
     def _ready(self, backend: Backend) -> Any:

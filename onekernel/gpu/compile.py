@@ -56,16 +56,21 @@ def compile_cached(source: str, arch: str, name: str) -> bytes:
     An entry is named by the hash of source, architecture and compiler version, and carries the hash of its content: a
     damaged one is built again. Writes are atomic, so that several processes may share the cache.
     """
-    key = hashlib.sha256(f"{arch}\0{compiler_version()}\0{source}".encode()).hexdigest()
-    path = cache_folder() / f"{key}.cubin"
+    path = cache_path(source, arch)
     if (cubin := _read_entry(path)) is not None:
         return cubin
     print(f"onekernel: compiling the {name} kernel for {arch} (once) ...", end=" ", file=sys.stderr, flush=True)
     start = time.monotonic()
     cubin, _ = compile_source(source, arch, name)
     print(f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-    _write_entry(path, cubin)
+    write_entry(path, cubin)
     return cubin
+
+
+def cache_path(source: str, arch: str) -> Path:
+    """The file in the cache that the cubin of `source` for `arch` has or would have."""
+    key = hashlib.sha256(f"{arch}\0{compiler_version()}\0{source}".encode()).hexdigest()
+    return cache_folder() / f"{key}.cubin"
 
 
 def compile_source(source: str, arch: str, name: str) -> tuple[bytes, Resources]:
@@ -128,7 +133,8 @@ def _read_entry(path: Path) -> bytes | None:
     return cubin if cubin.startswith(ELF) and hashlib.sha256(cubin).digest() == digest else None
 
 
-def _write_entry(path: Path, cubin: bytes) -> None:
+def write_entry(path: Path, cubin: bytes) -> None:
+    """Keep a cubin, at once or not at all; where that is not possible, a line on stderr says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:

@@ -12,12 +12,23 @@ import numpy as np
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import Weights
 from onekernel.errors import BackendError, NotEnoughMemory
-from onekernel.gpu import parameters, tape
+from onekernel.gpu import parameters, sampling, tape
 from onekernel.gpu.device import Gpu
-from onekernel.gpu.driver import check
+from onekernel.gpu.driver import LOST, check
 from onekernel.gpu.kernel import DecodeKernel
-from onekernel.gpu.layout import MARKS_OF_A_BLOCK, MOST_STOP_TOKENS, OUTPUT_RING, PHASES, DecodeArguments, Layout
+from onekernel.gpu.layout import (
+    FAILURE_SHIFT,
+    MARKS_OF_A_BLOCK,
+    MOST_STOP_TOKENS,
+    OUTPUT_RING,
+    PHASES,
+    DecodeArguments,
+    Layout,
+)
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory, copy_rows
+from onekernel.gpu.sampling import DeviceSampling, SamplingArguments, is_plain
+from onekernel.sampling.params import SampledToken
+from onekernel.sampling.sampler import Sampler, damaged
 
 MOST_GIVEN = 4096  # tokens of a prompt in one launch
 FIRST_CAPACITY = 4096  # positions that a new state's KV cache has room for
@@ -63,7 +74,27 @@ def memory_needed(shape: Shape, layout: Layout) -> int:
     """Bytes of GPU memory for the model and one timeline at its first capacity."""
     fixed = tape.plan(shape, layout.blocks).nbytes + (0 if shape.tied else 2 * shape.vocab * shape.hidden)
     scratch = 8 * layout.channel_words + 4 * shape.vocab + FIRST_CAPACITY * shape.rotary_dim * 4
+    scratch += sampling.memory_needed(shape.vocab, layout.blocks)
     return fixed + scratch + recurrent_bytes(shape) + cache_bytes(shape, FIRST_CAPACITY)
+
+
+def check_memory(gpu: Gpu, layout: Layout) -> None:
+    """Raises NotEnoughMemory, with the numbers, if the model and one timeline do not fit into what is free."""
+    needed, free = memory_needed(layout.shape, layout), gpu.memory_free()
+    if needed > free:
+        raise NotEnoughMemory(
+            f"this model needs {needed / 2**30:.1f} GiB of GPU memory, and {free / 2**30:.1f} GiB are free on "
+            f"{gpu.name}: close other programs that use it, choose a smaller model, or use the backend cpu"
+        )
+
+
+def stopped_itself(report: int, spin_limit: int) -> str:
+    """What the word that a Watchdog left (primitive/watchdog.cuh) says."""
+    phase, layer, block = report >> 48 & 0x7FFF, report >> 32 & 0xFFFF, report & 0xFFFFFFFF
+    return (
+        f"the decode kernel stopped itself: waiting for {list(PHASES.values())[phase]} in layer {layer}, block {block} "
+        f"took more than {spin_limit / 1e9:g} s"
+    )
 
 
 class Decoder:
@@ -77,12 +108,7 @@ class Decoder:
         from cuda.bindings import driver
 
         shape = layout.shape
-        needed, free = memory_needed(shape, layout), gpu.memory_free()
-        if needed > free:
-            raise NotEnoughMemory(
-                f"this model needs {needed / 2**30:.1f} GiB of GPU memory, and {free / 2**30:.1f} GiB are free on "
-                f"{gpu.name}: close other programs that use it, choose a smaller model, or use the backend cpu"
-            )
+        check_memory(gpu, layout)
         self.gpu, self.shape, self.layout, self.spin_limit = gpu, shape, layout, spin_limit
         self.kernel = DecodeKernel(gpu, layout)
         self.stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
@@ -99,8 +125,9 @@ class Decoder:
             self.embedding = DeviceBuffer.of(np.ascontiguousarray(tape.rows_of(weights, matrix, half)))
         self.parameters = DeviceBuffer.of(parameters.pack(weights, shape))
         self.exchange = DeviceBuffer(8 * layout.channel_words)
-        self.candidates = DeviceBuffer(16 * layout.blocks)
+        self.candidates = DeviceBuffer(32 * layout.blocks)
         self.last_logits = DeviceBuffer(4 * shape.vocab)
+        self.sampling = DeviceSampling(shape.vocab, layout.blocks, OUTPUT_RING)
         self.tokens = DeviceBuffer(4 * MOST_GIVEN)
         self.rope = DeviceBuffer(0)
         self.mapped = MappedMemory(OUTPUT_RING + 3)
@@ -121,7 +148,6 @@ class Decoder:
         Raises:
             NotEnoughMemory: names the tokens and bytes; the state is as it was.
         """
-        self._grow_rope(positions)
         if positions <= state.capacity:
             return
         capacity = max(FIRST_CAPACITY, 1 << (positions - 1).bit_length())
@@ -132,11 +158,14 @@ class Decoder:
                 f"a context of {positions} tokens needs a cache of {nbytes / 2**30:.2f} GiB on the GPU, and "
                 f"{free / 2**30:.2f} GiB are free: shorten the prompt, or close sessions that are no longer needed"
             )
+        self._grow_rope(capacity)
         buffer = DeviceBuffer(nbytes)
         buffer.clear()
         if state.capacity:
             copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
-            self._copy_cache(state.buffer.address + fixed, state.capacity, buffer.address + fixed, capacity, state.position)
+            self._copy_cache(
+                state.buffer.address + fixed, state.capacity, buffer.address + fixed, capacity, state.position
+            )
         state.buffer.free()
         state.buffer, state.capacity = buffer, capacity
 
@@ -144,7 +173,9 @@ class Decoder:
         fixed = recurrent_bytes(self.shape)
         buffer = DeviceBuffer(fixed + cache_bytes(self.shape, state.position))
         copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
-        self._copy_cache(state.buffer.address + fixed, state.capacity, buffer.address + fixed, state.position, state.position)
+        self._copy_cache(
+            state.buffer.address + fixed, state.capacity, buffer.address + fixed, state.position, state.position
+        )
         return Snapshot(buffer, state.position)
 
     def restore(self, snapshot: Snapshot) -> State:
@@ -154,7 +185,9 @@ class Decoder:
         state.position = snapshot.position
         source = snapshot.buffer.address
         copy_rows(source, fixed, state.buffer.address, fixed, fixed, 1)
-        self._copy_cache(source + fixed, snapshot.position, state.buffer.address + fixed, state.capacity, state.position)
+        self._copy_cache(
+            source + fixed, snapshot.position, state.buffer.address + fixed, state.capacity, state.position
+        )
         return state
 
     def _copy_cache(self, source: int, source_capacity: int, target: int, target_capacity: int, positions: int) -> None:
@@ -191,20 +224,39 @@ class Decoder:
         self._finish(state)
         return self.last_logits.read(np.float32, self.shape.vocab)
 
-    def greedy(
-        self, state: State, tokens: Sequence[int], max_tokens: int, stop_tokens: frozenset[int]
-    ) -> Generator[int, None, None]:
+    def generate(
+        self, state: State, tokens: Sequence[int], sampler: Sampler, max_tokens: int, stop_tokens: frozenset[int]
+    ) -> Generator[SampledToken, None, None]:
         """Consume `tokens`, then yield at most `max_tokens` (at most OUTPUT_RING), as the one launch makes them.
 
-        Every token but the last is consumed as well. Closing the iterator stops the launch within one token.
+        Every token but the last is consumed as well; `sampler` is told each. Closing the iterator stops the launch
+        within one token.
+
+        Raises:
+            BackendError, InvalidRequest: as Sampler.choose.
         """
         self.consume(state, tokens[:-1])
-        self._start(state, tokens[-1:], max_tokens, stop_tokens)
+        plain = is_plain(sampler.params)
+        self._start(state, tokens[-1:], max_tokens, stop_tokens, None if plain else self.last_logits, sampler=sampler)
         try:
-            yield from self._outputs(max_tokens)
+            for made, word in enumerate(self._outputs(max_tokens)):
+                if failure := word >> FAILURE_SHIFT & 7:
+                    self._finish(state)
+                    raise self._no_token(state, sampler, failure, has_logits=not plain)
+                token = self.sampling.sampled(sampler.params, word & (1 << FAILURE_SHIFT) - 1, made)
+                sampler.record(token.id)
+                yield token
         finally:
             self.mapped.words[CANCEL] = 1
             self._finish(state)
+
+    def _no_token(self, state: State, sampler: Sampler, failure: int, has_logits: bool) -> BackendError:
+        """Why the launch that ended could not choose a token; raises InvalidRequest if the request is to blame."""
+        if has_logits:
+            # The reference has the words for it.
+            sampler.choose(self.last_logits.read(np.float32, self.shape.vocab), state.position)
+            return BackendError("the scores of the tokens are too large for float32: use smaller penalties")
+        return damaged((float("nan"), float("inf"), float("-inf"))[failure - 1], state.position)
 
     def _start(
         self,
@@ -214,13 +266,16 @@ class Decoder:
         stop_tokens: frozenset[int] = frozenset(),
         logits: DeviceBuffer | None = None,
         all_logits: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         from cuda.bindings import driver
 
         if self._failure:
             raise BackendError(self._failure)
         steps = len(tokens) + max(0, max_tokens - 1)
-        assert 0 < len(tokens) <= MOST_GIVEN and max_tokens <= OUTPUT_RING and not self._running
+        assert 0 < len(tokens) <= MOST_GIVEN
+        assert max_tokens <= OUTPUT_RING
+        assert not self._running
         self.gpu.make_current()
         self.reserve(state, state.position + steps)
         self.mapped.words[:] = 0
@@ -252,6 +307,7 @@ class Decoder:
             no_head=max_tokens == 0,
             stop_count=len(stops),
             stop_tokens=(ctypes.c_int * MOST_STOP_TOKENS)(*stops),
+            sampling=self.sampling.arguments(sampler, self.stream) if sampler else SamplingArguments(active=0),
         )
         given = np.asarray(tokens, np.int32)
         check(driver.cuMemcpyHtoDAsync(self.tokens.address, given.ctypes.data, given.nbytes, self.stream))
@@ -289,12 +345,10 @@ class Decoder:
             return
         self._running = False
         report = int(self.mapped.words[REPORT])
-        if report:
-            where = f"waiting for {list(PHASES.values())[report >> 48 & 0x7FFF]} in layer {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF}"
-            self._failure = f"the decode kernel stopped itself: {where} took more than {self.spin_limit / 1e9:g} s"
-        else:
-            self._failure = f"the decode kernel failed ({status.name})"
-        self._failure += "; this process cannot use the GPU any more: start again, and report this"
+        self._failure = (
+            stopped_itself(report, self.spin_limit) if report else f"the decode kernel failed ({status.name})"
+        )
+        self._failure += LOST
         raise BackendError(self._failure)
 
     def close(self) -> None:
@@ -304,6 +358,6 @@ class Decoder:
                 buffer.free()
         for buffer in (self.candidates, self.last_logits, self.tokens, self.rope, self.timeline):
             buffer.free()
+        self.sampling.free()
         self.mapped.free()
         self.kernel.unload()
-

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from onekernel.errors import BackendError
+from onekernel.gpu.compile import ARCHITECTURES, cache_folder
 from onekernel.gpu.driver import check
 
 LEAST_DRIVER = 13000  # CUDA version a driver must support; driver 580 is the first of them
@@ -27,9 +28,8 @@ class Gpu:
 
     @property
     def arch(self) -> str:
-        """What the compiler calls it: sm_75 ... sm_90a, sm_100a, ... (`a`: with the chip's own instructions)."""
-        major, minor = self.capability
-        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+        """What the compiler calls it."""
+        return architecture(self.capability)
 
     def memory_free(self) -> int:
         """Bytes that can still be allocated."""
@@ -42,6 +42,12 @@ class Gpu:
         from cuda.bindings import driver
 
         check(driver.cuCtxSetCurrent(self.context))
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What the compiler calls a chip: sm_75 ... sm_90a, sm_100a, ... (`a`: with the chip's own instructions)."""
+    major, minor = capability
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
 def find_gpu(index: int = 0) -> Gpu:
@@ -87,6 +93,11 @@ def find_gpu(index: int = 0) -> Gpu:
         raise BackendError(
             f"{name} has compute capability {capability[0]}.{capability[1]}, and onekernel needs 7.5 (Turing) or newer"
         )
+    if architecture(capability) not in ARCHITECTURES:
+        raise BackendError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, which this version of onekernel does not "
+            f"know: it compiles for {', '.join(ARCHITECTURES)}"
+        )
     context = check(driver.cuDevicePrimaryCtxRetain(handle))
     check(driver.cuCtxSetCurrent(context))
     return Gpu(
@@ -102,8 +113,6 @@ def find_gpu(index: int = 0) -> Gpu:
 
 def describe() -> dict[str, Any]:
     """Facts for `onekernel doctor`; `problem` in their place if there is no GPU to use. Sizes in bytes."""
-    from onekernel.gpu.compile import cache_folder
-
     try:
         nvrtc: str | None = version("nvidia-cuda-nvrtc")
     except PackageNotFoundError:

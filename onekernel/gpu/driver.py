@@ -6,6 +6,9 @@ from typing import Any
 
 from onekernel.errors import BackendError, NotEnoughMemory
 
+# After these the CUDA context refuses every call, and a process cannot make itself a sound one.
+LOST = "; this process cannot use the GPU any more: start it again, and report this"
+
 
 def check(result: tuple[Any, ...]) -> Any:
     """The values of a driver call: none, one, or a tuple of them.
@@ -23,8 +26,31 @@ def check(result: tuple[Any, ...]) -> Any:
         message = f"{_text(name)}: {_text(text)}"
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise NotEnoughMemory(f"the GPU has no memory left ({message}): close other programs that use it")
+        if status in _lasting():
+            raise BackendError(f"the GPU failed ({message}){LOST}")
         raise BackendError(f"the GPU failed ({message}); load the model again, and report it if it comes back")
     return values[0] if len(values) == 1 else tuple(values) if values else None
+
+
+def _lasting() -> tuple[Any, ...]:
+    """The failures of a kernel that spoil the CUDA context for good."""
+    from cuda.bindings import driver
+
+    names = (
+        "ILLEGAL_ADDRESS",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "ILLEGAL_INSTRUCTION",
+        "MISALIGNED_ADDRESS",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "HARDWARE_STACK_ERROR",
+        "ASSERT",
+        "ECC_UNCORRECTABLE",
+        "NVLINK_UNCORRECTABLE",
+        "CONTEXT_IS_DESTROYED",
+    )
+    return tuple(getattr(driver.CUresult, f"CUDA_ERROR_{name}") for name in names)
 
 
 def _text(value: Any) -> str:

@@ -51,7 +51,8 @@ class DecodeKernel:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         check(
             driver.cuLaunchCooperativeKernel(
-                self._function, self.blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers)
+                *(self._function, self.blocks, 1, 1, self.threads, 1, 1),
+                *(self.shared_bytes, stream, ctypes.addressof(pointers)),
             )
         )
 

@@ -6,10 +6,14 @@ Declared once here; the C++ text is generated from it (`DecodeArguments.source`,
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 from onekernel.checkpoint.shape import FULL, Shape
 from onekernel.errors import NotEnoughMemory, UnsupportedModel
+from onekernel.gpu import sampling
+from onekernel.gpu.sampling import SamplingArguments
+from onekernel.gpu.structure import ctypes_fields, source_of
 
 CONSUMER_WARPS = 8
 ROW_GROUP = 8  # rows of a weight matrix that are multiplied together
@@ -17,10 +21,11 @@ TILE_COLUMNS = 32
 TILE_BYTES = ROW_GROUP * TILE_COLUMNS * 2
 TILES_PER_STAGE = 4  # of each warp
 STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * TILE_BYTES
-BATCH_GROUPS = 16  # row groups summed behind one barrier
-MOST_STAGES = 12
+BATCH_GROUPS = (16, 8)  # row groups summed behind one barrier; fewer where shared memory is scarce
+LEAST_STAGES, COMFORTABLE_STAGES, MOST_STAGES = 2, 4, 12
 MOST_TILES_IN_REGISTERS = 8  # of a warp's slice of the input vector; longer ones are read from shared memory
 OUTPUT_RING = 1024  # tokens that one launch may make
+FAILURE_SHIFT = 28  # of a word of the output ring: above the token, why none could be chosen (head.cuh)
 MOST_STOP_TOKENS = 8
 MOST_SPLITS = 64  # parts of the context that attention is split into
 SHARED_RESERVED = 1024  # bytes of a block's shared memory that the system takes, and alignment
@@ -33,10 +38,14 @@ class Layout:
     shape: Shape
     vocabulary_size: int  # tokens that the tokenizer defines; rows from there on are never chosen
     blocks: int
+    shared_memory: int  # bytes that one block may use
     ring_stages: int
+    batch_groups: int = BATCH_GROUPS[0]
     layer_stages_in_flight: int = 2
     head_stages_in_flight: int = 3
     timeline: bool = False  # the kernel records when each block passes each phase
+    dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
+    dead_layer: int = 0
 
     @classmethod
     def plan(cls, shape: Shape, vocabulary_size: int, sm_count: int, shared_memory: int) -> Layout:
@@ -54,20 +63,24 @@ class Layout:
             raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
         if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads > CONSUMER_WARPS - 2:
             raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 6")
-        left = shared_memory - SHARED_RESERVED - _scratch_bytes(shape)
-        stages = min(MOST_STAGES, left // STAGE_BYTES)
-        if stages < 2:
+        blocks, usable = _blocks(shape, sm_count), shared_memory - SHARED_RESERVED
+        for batch_groups in BATCH_GROUPS:
+            scratch = _scratch_bytes(shape, blocks, batch_groups)
+            stages = min(MOST_STAGES, (usable - scratch) // STAGE_BYTES)
+            if stages >= COMFORTABLE_STAGES:
+                break
+        if stages < LEAST_STAGES:
             raise NotEnoughMemory(
-                f"the decode kernel needs {_scratch_bytes(shape) + 2 * STAGE_BYTES} bytes of shared memory a block for "
-                f"this model, and the chip has {shared_memory}: choose a smaller model, or the backend cpu"
+                f"the decode kernel needs {scratch + LEAST_STAGES * STAGE_BYTES} bytes of shared memory a block for "
+                f"this model, and the chip has {usable}: choose a smaller model, or the backend cpu"
             )
-        return cls(shape, vocabulary_size, _blocks(shape, sm_count), stages)
+        return cls(shape, vocabulary_size, blocks, shared_memory, stages, batch_groups)
 
     @property
     def splits(self) -> int:
         return min(MOST_SPLITS, self.blocks // self.shape.kv_heads)
 
-    def constants(self) -> dict[str, int | float | bool]:
+    def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
         """Names and values as the kernel sources use them."""
         s = self.shape
         return {
@@ -95,10 +108,11 @@ class Layout:
             "CONV_DIM": s.conv_dim,
             "CONSUMER_WARPS": CONSUMER_WARPS,
             "TILES_PER_STAGE": TILES_PER_STAGE,
-            "BATCH_GROUPS": BATCH_GROUPS,
+            "BATCH_GROUPS": self.batch_groups,
             "MOST_TILES_IN_REGISTERS": MOST_TILES_IN_REGISTERS,
             "RING_STAGES": self.ring_stages,
-            "COPIES_IN_FLIGHT": min(3, self.ring_stages - 1),
+            "SHARED_MEMORY": self.shared_memory,
+            "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),  # see ring.cuh
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
             "ACTIVATION_COLUMNS": activation_columns(s),
@@ -106,8 +120,12 @@ class Layout:
             "BLOCKS": self.blocks,
             "MAX_SPLITS": self.splits,
             "OUTPUT_RING": OUTPUT_RING,
+            "FAILURE_SHIFT": FAILURE_SHIFT,
+            **sampling.CONSTANTS,
             "TIMELINE": self.timeline,
             "MARKS_OF_A_BLOCK": MARKS_OF_A_BLOCK,
+            "DEAD_BLOCK": self.dead_block,
+            "DEAD_LAYER": self.dead_layer,
         }
 
     @property
@@ -142,27 +160,29 @@ def first_group(groups: int, block: int, blocks: int) -> int:
     return groups * block // blocks
 
 
-def _scratch_bytes(shape: Shape) -> int:
-    """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu)."""
+def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
+    """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu, which checks the sum)."""
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
-    sums = 2 * CONSUMER_WARPS * (BATCH_GROUPS * ROW_GROUP + 1) * 4
-    barriers = MOST_STAGES * (CONSUMER_WARPS + 3) * 8
-    return 2 * activation_columns(shape) + sums + barriers + 4 * residual_rows(shape, 8) + attention + 512
+    sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4
+    counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
+    return max(2 * activation_columns(shape), attention) + sums + counters + 4 * residual_rows(shape, blocks) + 512
 
 
 def _blocks(shape: Shape, sm_count: int) -> int:
     """As many blocks as SMs, or somewhat fewer where that makes no block's share of the rows larger."""
-    rows = [
-        *((shape.linear_layers * c, r) for r, c in ((projected_linear(shape), shape.hidden), (shape.hidden, shape.value_dim))),
-        *((shape.full_layers * c, r) for r, c in ((projected_full(shape), shape.hidden), (shape.hidden, shape.query_dim))),
+    rows = [  # (columns of such matrices in all layers, rows of each)
+        (shape.linear_layers * shape.hidden, projected_linear(shape)),
+        (shape.linear_layers * shape.value_dim, shape.hidden),
+        (shape.full_layers * shape.hidden, projected_full(shape)),
+        (shape.full_layers * shape.query_dim, shape.hidden),
         (shape.layers * shape.hidden, 2 * shape.intermediate),
         (shape.layers * shape.intermediate, shape.hidden),
         (shape.hidden, shape.vocab),
-    ]  # fmt: skip
+    ]
 
     def longest(blocks: int) -> int:
-        return sum(weight * -(-(-(-count // ROW_GROUP)) // blocks) for weight, count in rows)
+        return sum(weight * math.ceil(math.ceil(count / ROW_GROUP) / blocks) for weight, count in rows)
 
     # The block that owns the first rows of the residual stream needs at least one group.
     most = min(sm_count, shape.hidden // ROW_GROUP)
@@ -178,6 +198,7 @@ PHASES = {
     "ATTENTION": "attention",
     "MERGE": "the parts of attention",
     "TOKEN": "the token",
+    "SAMPLING": "the choice among all tokens",
 }
 # Moments that the timeline records (primitive/timeline.cuh).
 MARKS = ("TOKEN", "RECEIVED", "MULTIPLIED", "SUMMED", "PUBLISHED", "ATTENDED", "HEAD")
@@ -204,10 +225,10 @@ class DecodeArguments(ctypes.Structure):
         ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
         ("unsigned char*", "state"),  # see state.cuh
         ("unsigned int*", "exchange"),  # two copies of the channels, zeroed before the launch
-        ("unsigned long long*", "candidates"),  # [2, BLOCKS], zeroed before the launch
-        ("float*", "logits"),  # [VOCAB], or [steps, VOCAB] with all_logits, or null
+        ("unsigned long long*", "candidates"),  # [4, BLOCKS], zeroed before the launch
+        ("float*", "logits"),  # [VOCAB], or [steps, VOCAB] with all_logits, or null; [VOCAB] when sampling is active
         ("const int*", "tokens"),  # [given]
-        ("unsigned long long*", "output"),  # host [OUTPUT_RING]: count << 32 | last << 31 | token
+        ("unsigned long long*", "output"),  # host [OUTPUT_RING]: count << 32 | last << 31 | failure << 28 | token
         ("unsigned long long*", "consumed"),  # host: 1 << 63 | steps that ran, at the end
         ("unsigned long long*", "report"),  # host: where a wait ran out
         ("const unsigned int*", "cancel"),  # host: not 0 to stop after the current token
@@ -222,21 +243,10 @@ class DecodeArguments(ctypes.Structure):
         ("int", "no_head"),  # 1: nothing is sampled after the last given token
         ("int", "stop_count"),
         ("int", f"stop_tokens[{MOST_STOP_TOKENS}]"),
+        ("SamplingArguments", "sampling"),
     )
-    _fields_ = [
-        (
-            name.split("[")[0],
-            ctypes.c_int * MOST_STOP_TOKENS
-            if "[" in name
-            else ctypes.c_int
-            if kind == "int"
-            else ctypes.c_uint64,
-        )
-        for kind, name in _FIELDS_IN_C
-    ]  # fmt: skip
+    _fields_ = ctypes_fields(_FIELDS_IN_C, SamplingArguments)
 
     @classmethod
     def source(cls) -> str:
-        return "\n".join(
-            ["struct DecodeArguments {", *(f"    {kind} {name};" for kind, name in cls._FIELDS_IN_C), "};"]
-        )
+        return f"{source_of(SamplingArguments)}\n{source_of(cls)}"

@@ -36,7 +36,8 @@ class DeviceBuffer:
         """Copy a C-contiguous array to byte `offset`."""
         from cuda.bindings import driver
 
-        assert array.flags.c_contiguous and offset + array.nbytes <= self.nbytes
+        assert array.flags.c_contiguous
+        assert offset + array.nbytes <= self.nbytes
         if array.nbytes:
             check(driver.cuMemcpyHtoD(self.address + offset, array.ctypes.data, array.nbytes))
             _wait()  # the call returns when the bytes are staged, not when they are there
@@ -100,7 +101,7 @@ class MappedMemory:
         self._pointer = check(driver.cuMemHostAlloc(8 * words, flags))
         self.address = int(check(driver.cuMemHostGetDevicePointer(self._pointer, 0)))
         view = (ctypes.c_uint64 * words).from_address(int(self._pointer))
-        self.words: np.ndarray = np.frombuffer(view, np.uint64)
+        self.words: np.ndarray = np.ctypeslib.as_array(view)
         self.words[:] = 0
 
     def free(self) -> None:

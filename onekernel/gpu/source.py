@@ -11,7 +11,7 @@ KERNELS = files("onekernel") / "gpu" / "kernels"
 INCLUDE = re.compile(r'#include "(.+)"')
 
 
-def assemble(entry: str, constants: Mapping[str, int | float | bool], structs: str = "") -> str:
+def assemble(entry: str, constants: Mapping[str, int | float | bool | tuple[float, ...]], structs: str = "") -> str:
     """The source of kernel file `entry`: constants, structs, then the file with its includes in place, each once."""
     lines = [_constant(name, value) for name, value in constants.items()]
     return "\n".join([*lines, structs, *_expand(entry, set())]) + "\n"
@@ -25,12 +25,15 @@ def digest() -> str:
     return total.hexdigest()
 
 
-def _constant(name: str, value: int | float | bool) -> str:
+def _constant(name: str, value: int | float | bool | tuple[float, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"__device__ constexpr float {name}[] = {{{', '.join(f'{v!r}f' for v in value)}}};"
     if isinstance(value, bool):
         return f"constexpr bool {name} = {str(value).lower()};"
     if isinstance(value, float):
         return f"constexpr float {name} = {value!r}f;"
-    return f"constexpr {'int' if value < 2**31 else 'unsigned long long'} {name} = {value}{'' if value < 2**31 else 'ull'};"
+    kind, suffix = ("int", "") if value < 2**31 else ("unsigned long long", "ull")
+    return f"constexpr {kind} {name} = {value}{suffix};"
 
 
 def _expand(name: str, seen: set[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """The tape: all weight matrices as 16-bit numbers, in the exact order in which each block of the kernel reads them.
 
-A matrix [rows, columns] is cut into groups of 8 rows, and block b owns groups G b / BLOCKS up to G (b + 1) / BLOCKS. Each
-of the 8 warps multiplies its eighth of the columns, in tiles of 8 rows x 32 columns (512 bytes). A group is stored in
-stages of 4 tiles a warp, as [warp][tile][lane][16 bytes], where lane 4 r + c has row r and columns 8 c to 8 c + 7; the
-last stage of a group may be shorter.
+A matrix [rows, columns] is cut into groups of 8 rows, and block b owns groups G b / BLOCKS up to G (b + 1) / BLOCKS.
+Each of the 8 warps multiplies its eighth of the columns, in tiles of 8 rows x 32 columns (512 bytes). A group is stored
+in stages of 4 tiles a warp, as [warp][tile][lane][16 bytes], where lane 4 r + c has row r and columns 8 c to 8 c + 7;
+the last stage of a group may be shorter.
 """
 
 from __future__ import annotations

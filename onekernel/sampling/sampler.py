@@ -13,12 +13,13 @@ integers; nothing depends on the order in which tokens are visited. So a GPU can
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
 from onekernel.errors import BackendError, InvalidRequest
 from onekernel.sampling import elementary
+from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.sampling.philox import WORD, philox4x32
 
@@ -30,12 +31,22 @@ MASS_BITS = 40
 class Sampler:
     """Chooses the tokens of one generation, and remembers them for the penalties."""
 
-    def __init__(self, params: SamplingParams, vocabulary_size: int, prompt: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocabulary_size: int,
+        prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
+        generated: int = 0,
+    ) -> None:
         """Args:
             params: with a seed, unless it is greedy.
             vocabulary_size: tokens that the tokenizer defines; rows of the logits from there on are padding and never
                 chosen.
-            prompt: all tokens before the first generated one, for repetition_penalty.
+            prompt: all tokens before the first one to come, for repetition_penalty.
+            constraint: tokens that it does not allow are never chosen; it is told those that are.
+            generated: so many tokens at the end of `prompt` were generated in an earlier part of the same answer:
+                presence_penalty and frequency_penalty count them.
 
         Raises:
             InvalidRequest: logit_bias names a token that does not exist, or there is no seed.
@@ -47,10 +58,11 @@ class Sampler:
             raise InvalidRequest("seed = None: sampling at a temperature needs a seed")
         self.params = params
         self.vocabulary_size = vocabulary_size
-        self.generated: Counter[int] = Counter()
+        self.constraint = constraint
+        self.generated: Counter[int] = Counter(prompt[len(prompt) - generated :] if generated else ())
         self.seen = np.zeros(vocabulary_size, bool)  # tokens of prompt and output
         if params.repetition_penalty != 1:
-            ids = np.fromiter(prompt, np.int64)
+            ids = np.asarray(prompt, np.int64)
             self.seen[ids[ids < vocabulary_size]] = True  # a prompt may hold rows of padding
 
     def choose(self, logits: np.ndarray, position: int) -> SampledToken:
@@ -61,15 +73,15 @@ class Sampler:
 
         Raises:
             BackendError: the logits are not numbers.
-            InvalidRequest: logit_bias leaves no token to choose.
+            InvalidRequest: logit_bias and the constraint leave no token to choose.
         """
         raw = logits[: self.vocabulary_size]
-        if not np.isfinite(raw.max()):  # NaN spreads through max
-            raise BackendError(
-                f"the model computed logits with a maximum of {raw.max()} at position {position}: "
-                "weights or memory are damaged; check the files of the model, then report this as a bug"
-            )
+        highest = raw.max()
+        if not np.isfinite(highest):  # NaN spreads through max
+            raise damaged(float(highest), position)
         scores = self._adjusted(raw)
+        if self.constraint is not None and (allowed := self.constraint.allowed()) is not None:
+            scores = np.where(allowed, scores, np.float32(-np.inf))
         if self.params.greedy:
             token = int(scores.argmax())  # the lowest id among equals
         else:
@@ -78,10 +90,18 @@ class Sampler:
             assert self.params.seed is not None
             token = int(kept[np.argmax(scores[kept] + gumbel(self.params.seed, position, kept))])
         if scores[token] == -np.inf:
-            raise InvalidRequest("logit_bias forbids every token that could be chosen; allow at least one")
+            raise InvalidRequest(
+                "logit_bias (or the grammar) forbids every token that could be chosen; allow at least one"
+            )
+        self.record(token)
+        return self._reported(raw, token)
+
+    def record(self, token: int) -> None:
+        """Remember a token that was chosen elsewhere: a backend that chooses on its own device tells each one."""
         self.generated[token] += 1
         self.seen[token] = True
-        return self._reported(raw, token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
 
     def _adjusted(self, raw: np.ndarray) -> np.ndarray:
         """Logits after penalties and bias, in float32."""
@@ -109,6 +129,14 @@ class Sampler:
         logprobs = shifted - np.log(np.exp(shifted).sum())
         top = largest(raw, count)
         return SampledToken(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def damaged(highest: float, position: int) -> BackendError:
+    """The error for logits whose maximum is no finite number."""
+    return BackendError(
+        f"the model computed logits with a maximum of {highest} at position {position}: "
+        "weights or memory are damaged; check the files of the model, then report this as a bug"
+    )
 
 
 def _tempered(scores: np.ndarray, temperature: float) -> np.ndarray:

@@ -20,6 +20,8 @@ class StopStrings:
                 raise InvalidRequest(f"stop[{i}] = {stop!r} must be a string that is not empty")
         self._stops = tuple(stops)
         self._held = ""
+        self.found: str | None = None
+        """The stop string that was found."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text to show, whether a stop string was found); the stop string and what follows it are dropped."""
@@ -29,7 +31,9 @@ class StopStrings:
         if found:
             self._held = ""
             first_end = min(found)[0]
-            return text[: min(at for end, at in found if end == first_end)], True
+            begin = min(at for end, at in found if end == first_end)
+            self.found = text[begin:first_end]
+            return text[:begin], True
         keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

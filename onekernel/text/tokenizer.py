@@ -104,6 +104,15 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i, skip_special=skip_special) for i in ids).decode("utf-8", "replace")
 
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its name, say `</think>`; None if there is no such token."""
+        found: int | None = self._library.token_to_id(token)
+        return found
+
+    def to_json(self) -> str:
+        """All of tokenizer.json, for libraries that read it themselves."""
+        return str(self._library.to_str())
+
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """The bytes that a token stands for; none for special tokens if they are skipped.
 
@@ -112,7 +121,7 @@ class Tokenizer:
         """
         if (added := self._added.get(token)) is not None:
             return b"" if added.special and skip_special else added.content.encode()
-        symbols = self._library.id_to_token(token) if token >= 0 else None
+        symbols = self._library.id_to_token(token) if 0 <= token < self.size else None
         if symbols is None:
             raise InvalidRequest(f"token id {token} is not in the vocabulary of {self.size} tokens")
         return bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols)

@@ -1,4 +1,4 @@
-"""Models of every true size with random weights, made in memory: no download, and nothing that rounding could favour."""
+"""Models of every true size with random weights, made in memory: no download, nothing that rounding could favour."""
 
 from __future__ import annotations
 
@@ -8,43 +8,9 @@ import math
 import numpy as np
 
 from onekernel.checkpoint.safetensors import Tensor
-from onekernel.checkpoint.shape import FULL, LINEAR, Shape
+from onekernel.checkpoint.shape import Shape
+from onekernel.checkpoint.sizes import SIZES, VOCABULARY_SIZE
 from onekernel.checkpoint.weights import Weights, expected_tensors
-
-VOCABULARY_SIZE = 248077  # tokens of the released tokenizer; the embedding has 248,320 rows
-
-
-def size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, value_heads: int, tied: bool) -> Shape:
-    return Shape(
-        hidden=hidden,
-        intermediate=intermediate,
-        layer_types=(LINEAR, LINEAR, LINEAR, FULL) * (layers // 4),
-        vocab=248320,
-        tied=tied,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=256,
-        rotary_dim=64,
-        rope_theta=1e7,
-        key_heads=16,
-        value_heads=value_heads,
-        key_head_dim=128,
-        value_head_dim=128,
-        conv_kernel=4,
-        norm_eps=1e-6,
-        max_context=262144,
-        mtp_layers=0,
-        eos_token_ids=(248044,),
-    )
-
-
-SIZES = {
-    "0.8b": size(1024, 3584, 24, 8, 2, 16, True),
-    "2b": size(2048, 6144, 24, 8, 2, 16, True),
-    "4b": size(2560, 9216, 32, 16, 4, 32, True),
-    "9b": size(4096, 12288, 32, 16, 4, 32, False),
-    "27b": size(5120, 17408, 64, 24, 4, 48, False),
-}
 
 
 def shortened(name: str, layers: int = 4, vocab: int = 4096) -> Shape:
@@ -100,4 +66,4 @@ def _matrix(random: np.random.Generator, name: str, dims: tuple[int, ...]) -> Te
     return Tensor(name, "BF16", dims, data)
 
 
-__all__ = ["FULL", "SIZES", "VOCABULARY_SIZE", "random_weights", "shortened"]
+__all__ = ["SIZES", "VOCABULARY_SIZE", "random_weights", "shortened"]

@@ -9,6 +9,7 @@
 #include "layer/attention.cuh"
 #include "layer/mlp.cuh"
 #include "layer/head.cuh"
+#include "sampling/choose.cuh"
 
 constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
 
@@ -17,20 +18,30 @@ struct Shared {
     u64 arrivals[RING_STAGES];
     u32 released[CONSUMER_WARPS];
     u32 landed, total;
-    alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
+    union {  // attention and sampling begin when the last matrix is done, and end before the next input arrives
+        alignas(16) u32 activations[ACTIVATION_COLUMNS / 2];
+        AttentionScratch attention;
+        SamplingScratch sampling;
+    };
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
     Candidate best[CONSUMER_WARPS + 1];  // one a warp, then the choice
     volatile u32 finished;
-    alignas(16) AttentionScratch attention;
+    u32 passes;  // of sampling, in this launch
 };
+static_assert(sizeof(Shared) <= SHARED_MEMORY, "Layout.plan counts less shared memory than the kernel uses");
 
 // The host reads these before the first launch.
 extern "C" __device__ int shared_bytes = sizeof(Shared);
 extern "C" __device__ int threads = THREADS;
 
 // ---- producer ----
+
+// The ring stands still whenever the consumers do: they know better where, and report first.
+__device__ __forceinline__ Watchdog ring_watchdog(const DecodeArguments& a) {
+    return {a.report, a.spin_limit + a.spin_limit / 4, 0, 0, PHASE_RING_EMPTY, 0};
+}
 
 struct Producer {
     Ring ring;
@@ -68,7 +79,7 @@ struct Producer {
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0, 0}, &shared, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0}, false};
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[blockIdx.x];
         bool head = a.all_logits || step >= a.given - 1 + a.no_head;
@@ -134,18 +145,22 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
     Consumer c{ring, {0, 0, 0}, 0, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.activations = shared.activations;
     c.locate();
-    int token = 0, made = 0, step = 0;
+    int token = 0, step = 0;
     for (bool last = false; step < a.steps && !last; ++step) {
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        bool stop_requested = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0;
+        u32 flags = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0 ? STOP_REQUESTED : 0;
 
         c.enter(PHASE_INPUT, 0);
         c.timeline.start_token(a.timeline, c.block);
         c.mark(MARK_TOKEN);
         float squares = embed(c, a, token, shared.residual);
         for (int layer = 0; layer < LAYERS; ++layer) {
+            if (DEAD_BLOCK >= 0 && c.block == DEAD_BLOCK && layer == DEAD_LAYER) {  // a planted failure, see layout.py
+                if (c.thread == 0) shared.finished = 1;
+                return;
+            }
             u32 tag = tag_of(step * LAYERS + layer);
             Channels channels = channels_of(a.exchange, layer);
             const float* parameters = layer_parameters(a.parameters, layer);
@@ -187,22 +202,23 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         c.enter(PHASE_TOKEN, LAYERS);
         c.mark(MARK_HEAD);
         u32 tag = tag_of(step);
-        HeadFinish finish{&c, nullptr, {0, 0xFFFFFu}};
-        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         bool sample = step >= a.given - 1 + a.no_head;
+        HeadFinish finish{&c, nullptr, &a.sampling, sample && a.sampling.active, {0, 0xFFFFFu}};
+        if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose_token(c, finish.best, shared.best, a.candidates + (step & 1) * BLOCKS, stop_requested, tag);
+        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, flags, tag);
         c.mark(MARK_TOKEN);
+        token = (int)choice.token;  // of no meaning after a given token that another follows
         if (sample) {
-            token = (int)choice.token;
-            ++made;
-            last = made == a.max_tokens || choice.stop;
+            int made = step - a.given + 2;
+            u32 failure = choice.failure();
+            last = made == a.max_tokens || choice.flags || failure;
             for (int i = 0; i < a.stop_count; ++i) last |= token == a.stop_tokens[i];
             if (c.block == 0 && c.thread == 0)
-                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1ull << 31 : 0) | (u32)token);
+                store_host64(a.output + (made - 1) % OUTPUT_RING, (u64)made << 32 | (last ? 1u << 31 : 0) | failure << FAILURE_SHIFT | (u32)token);
         } else {
-            last = choice.stop;
+            last = choice.flags;
         }
     }
     if (c.block == 0 && c.thread == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
@@ -217,13 +233,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (threadIdx.x == 0) {
         ring_init(ring);
         for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
-        shared.landed = shared.total = shared.finished = 0;
+        shared.landed = shared.total = shared.finished = shared.passes = 0;
     }
     __syncthreads();
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {
         give_registers();
         if (threadIdx.x / 32 == CONSUMER_WARPS) produce(a, shared, ring);
-        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, {a.report, a.spin_limit, 0, 0, PHASE_RING_EMPTY, 0});
+        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, ring_watchdog(a));
     } else {
         take_registers();
         consume(a, shared, ring);

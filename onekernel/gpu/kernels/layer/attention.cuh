@@ -16,6 +16,7 @@ constexpr int DIMS = HEAD_DIM / 32;  // dims that a lane holds
 constexpr int PARTIAL_STRIDE = HEAD_DIM + 4;
 static_assert(DIMS == 8, "a lane holds 8 dims of a head: head_dim must be 256");
 static_assert(GROUP_HEADS + 2 <= CONSUMER_WARPS, "a warp for each query head of a kv head, for the new key, and for the new value");
+static_assert(PROJECTED_FULL / 8 >= BLOCKS, "a block without rows would not wait until its warps are done with their activations");
 
 struct PublishFinish {
     const Consumer* consumer;
@@ -236,6 +237,7 @@ __device__ __forceinline__ void attend(Consumer& c, const FullLayer& layer, cons
             if (c.lane == 0) store_relaxed2(partial + HEAD_DIM, tagged(best, tag), tagged(part, tag));
         }
     }
+    consumer_barrier();  // the scratch's place is needed for activations
 }
 
 // Merges the splits of (head, 8 dims), applies the output gate and publishes.

@@ -1,16 +1,12 @@
 // Final norm, LM head, and the choice of the next token.
 #pragma once
 
+#include "sampling/score.cuh"
 #include "state.cuh"
 
 // A candidate as one 64-bit word that compares as (logit, lowest id first): the logit's bits mapped to an unsigned
 // order, the id inverted in 20 bits, and below them flags and the tag.
 constexpr u32 STOP_REQUESTED = 1u << 8;
-
-__device__ __forceinline__ u32 ordered(float x) {
-    u32 bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 struct Candidate {
     u32 key;  // ordered(logit); 0 is below every number
@@ -31,6 +27,8 @@ __device__ __forceinline__ Candidate warp_best(Candidate best) {
 struct HeadFinish {
     const Consumer* consumer;
     float* logits;  // [VOCAB] or null
+    const SamplingArguments* sampling;
+    bool sampled;  // or the highest logit is the token
     Candidate best;
 
     __device__ __forceinline__ void prepare(int, int) {}
@@ -40,16 +38,22 @@ struct HeadFinish {
         if (consumer->thread >= groups * 8 || row >= VOCAB) return;
         float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
-        if (row < VOCABULARY_SIZE) best.offer(ordered(logit), row);
+        if (row < VOCABULARY_SIZE) best.offer(sampled ? score_row(*sampling, logit, row) : ordered(logit), row);
     }
 };
 
 // Every block leaves its best candidate; one warp of each reads them all, and all come to the same choice.
 struct Choice {
     u32 token;
-    bool stop;
+    u32 key;    // ordered(its logit or score)
+    u32 flags;  // of all blocks
+
+    // 0, or what kept every token from being chosen: the highest score is 1 no number, 2 infinite, 3 minus infinity.
+    __device__ __forceinline__ u32 failure() const {
+        return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0;
+    }
 };
-__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, bool stop_requested, u32 tag) {
+__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
     best = warp_best(best);
     if (c.lane == 0) shared_best[c.warp] = best;
     consumer_barrier();
@@ -59,7 +63,7 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         if (c.lane == 0) {
             // What this block wrote for later tokens (KV cache) is ordered before the word.
             fence_gpu();
-            store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | (stop_requested ? STOP_REQUESTED : 0) | tag);
+            store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | block_flags | tag);
         }
     }
     if (c.warp == 0) {
@@ -82,9 +86,10 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
             flags |= __shfl_xor_sync(0xFFFFFFFFu, flags, offset);
         }
         fence_gpu();  // what the other blocks wrote before their words is there, for the whole block behind the barrier
-        if (c.lane == 0) shared_best[CONSUMER_WARPS] = {flags, 0xFFFFFu - (u32)(winner & 0xFFFFFu)};
+        u32 id = 0xFFFFFu - (u32)(winner & 0xFFFFFu);
+        if (c.lane == 0) shared_best[CONSUMER_WARPS] = {(u32)(winner >> 20), id << 12 | (flags & STOP_REQUESTED)};
     }
     consumer_barrier();
     Candidate chosen = shared_best[CONSUMER_WARPS];
-    return {chosen.id, (chosen.key & STOP_REQUESTED) != 0};
+    return {chosen.id >> 12, chosen.key, chosen.id & STOP_REQUESTED};
 }

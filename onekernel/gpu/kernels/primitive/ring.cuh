@@ -129,7 +129,9 @@ __device__ __forceinline__ void mark_landed(Ring& ring, u32 stages) {
     if (threadIdx.x % 32 == 0) *ring.landed = stages;
 }
 #if __CUDA_ARCH__ >= 800
-// COPIES_IN_FLIGHT stages of cp.async stay in flight behind the one being issued.
+// COPIES_IN_FLIGHT stages of cp.async stay in flight behind the one being issued. A consumer releases a stage only when it
+// has fetched the next one: that one must count as landed without the slot of the stage that is still held.
+static_assert(COPIES_IN_FLIGHT + 2 <= RING_STAGES, "producer and consumers would wait for each other");
 __device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
     u8* slot = ring.slots + at.slot * STAGE_BYTES;
     for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512)

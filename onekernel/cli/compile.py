@@ -1,0 +1,133 @@
+"""onekernel compile: compile the kernels of a model ahead of time, for this GPU or for any other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from onekernel.errors import BackendError
+
+if TYPE_CHECKING:
+    from onekernel.checkpoint.shape import Shape
+    from onekernel.gpu.chips import Chip
+
+SUMMARY = "compile a model's kernels, for this GPU or for others"
+EXAMPLES = (
+    "onekernel compile",
+    "onekernel compile --model 0.8b --arch sm_86",
+    "onekernel compile --model demo --arch all --json",
+)
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel. Sizes and spills are in bytes, the time is in seconds."""
+
+    kernel: str
+    model: str
+    arch: str
+    chip: str
+    sm_count: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    cubin_bytes: int
+    seconds: float
+    file: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="demo",
+        metavar="MODEL",
+        help="demo (the default), a folder, a name on the hub, or the dimensions alone: 0.8b, 2b, 4b, 9b, 27b",
+    )
+    parser.add_argument(
+        "--arch",
+        action="append",
+        metavar="ARCH",
+        help="such as sm_86, for a well-known chip of that architecture; may be repeated; all is every one "
+        "(default: exactly the GPU of this machine)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array when done")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    shape, vocabulary_size = _dimensions(arguments.model)
+    results = []
+    for arch, chip in _targets(arguments.arch):
+        result = _compile(arguments.model, shape, vocabulary_size, arch, chip)
+        results.append(result)
+        if not arguments.json:
+            print(_line(result), flush=True)
+    if arguments.json:
+        print(json.dumps([asdict(result) for result in results], indent=2))
+    return 0
+
+
+def _dimensions(model: str) -> tuple[Shape, int]:
+    """The shape of a model, and how many tokens its tokenizer defines."""
+    from onekernel.checkpoint.sizes import SIZES, VOCABULARY_SIZE
+
+    if (size := model.lower()) in SIZES:
+        return SIZES[size], VOCABULARY_SIZE
+    from onekernel.checkpoint import hub
+    from onekernel.checkpoint.shape import Shape
+    from onekernel.text.tokenizer import Tokenizer
+
+    folder = hub.resolve(model)
+    return Shape.load(folder), Tokenizer.load(folder).size
+
+
+def _targets(asked: list[str] | None) -> list[tuple[str, Chip]]:
+    from onekernel.gpu.chips import Chip, chip_of
+    from onekernel.gpu.compile import ARCHITECTURES
+    from onekernel.gpu.device import find_gpu
+
+    if not asked:
+        try:
+            gpu = find_gpu()
+        except BackendError as error:
+            raise BackendError(f"{error}; name an architecture: --arch {ARCHITECTURES[2]}, or --arch {ALL}") from None
+        return [(gpu.arch, Chip(gpu.name, gpu.sm_count, gpu.shared_memory))]
+    names = ARCHITECTURES if ALL in asked else dict.fromkeys(asked)
+    return [(arch, chip_of(arch)) for arch in names]
+
+
+def _compile(model: str, shape: Shape, vocabulary_size: int, arch: str, chip: Chip) -> Compiled:
+    from onekernel.gpu.compile import cache_path, compile_source, write_entry
+    from onekernel.gpu.kernel import decode_source
+    from onekernel.gpu.layout import Layout
+
+    source = decode_source(Layout.plan(shape, vocabulary_size, chip.sm_count, chip.shared_memory))
+    start = time.monotonic()
+    cubin, resources = compile_source(source, arch, "decode")
+    seconds = time.monotonic() - start
+    path = cache_path(source, arch)
+    write_entry(path, cubin)
+    return Compiled(
+        kernel="decode",
+        model=model,
+        arch=arch,
+        chip=chip.name,
+        sm_count=chip.sm_count,
+        registers=resources.registers,
+        spill_stores=resources.spill_stores,
+        spill_loads=resources.spill_loads,
+        cubin_bytes=len(cubin),
+        seconds=round(seconds, 2),
+        file=str(path),
+    )
+
+
+def _line(result: Compiled) -> str:
+    chip, spills = f"{result.chip}, {result.sm_count} SMs", result.spill_stores + result.spill_loads
+    return (
+        f"{result.kernel:<8}{result.arch:<9}{chip:<30}{result.registers:>4} registers, {spills} bytes of spills, "
+        f" {result.cubin_bytes / 1024:.0f} KiB, {result.seconds:.1f} s"
+    )

@@ -1,0 +1,96 @@
+// What all phases of prefill share: sizes, the tape, scratch memory.
+#pragma once
+
+#include "layer/linear_attention.cuh"
+#include "primitive/matrix.cuh"
+#include "state.cuh"
+
+constexpr int PREFILL_WARPS = 12;
+constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
+constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
+constexpr int LINEAR_STRIDE = CONV_DIM + VALUE_DIM;  // numbers of a token's row in `projected`: q, k, v | z
+constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
+constexpr long long MOST_PREFETCHED = 24 << 20;         // bytes
+constexpr int GATE_STRIDE = (2 * VALUE_HEADS + 15) / 16 * 16;  // numbers of a token's row in `gates`: beta, the decay's input
+constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool WGMMA = true;
+#else
+constexpr bool WGMMA = false;
+#endif
+constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
+constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
+constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
+
+// The place of a column of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x 64 columns, each as it
+// stands in shared memory, so that one copy brings it there.
+template <int COLUMNS>
+__device__ __forceinline__ u16* input_place(u16* input, int token, int column) {
+    u32 tile = (u32)token / TOKEN_TILE, row = (u32)token % TOKEN_TILE;
+    u8* at = (u8*)input + (long long)(tile * (COLUMNS / STEP_COLUMNS) + column / STEP_COLUMNS) * TOKENS_BYTES;
+    return (u16*)(at + swizzled<STEP_BYTES>(row, column % STEP_COLUMNS / 8)) + column % 8;
+}
+
+// With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
+__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-1.44269504f * x)); }
+__device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.44269504f * x); }
+__device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
+
+// One group of 8 rows of a matrix on the tape (gpu/tape.py).
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, int matrix, int group) {
+    constexpr int GROUPS = (ROWS + 7) / 8;
+    group = min(group, GROUPS - 1);
+    static_assert((long long)GROUPS * BLOCKS < 1u << 31, "32-bit arithmetic");
+    u32 block = ((u32)(group + 1) * BLOCKS - 1) / GROUPS;  // of the decode kernel, which owns the group
+    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - GROUPS * block / BLOCKS) * COLUMNS * 16;
+}
+
+// Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
+template <int COLUMNS>
+__device__ __forceinline__ int tile_offset(int column_tile) {
+    constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;
+    int warp = column_tile / TILES, tile = column_tile % TILES, stage = tile / TILES_PER_STAGE;
+    int count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
+    return (stage * CONSUMER_WARPS * TILES_PER_STAGE + warp * count + tile % TILES_PER_STAGE) * 512;
+}
+
+// Asks for a whole matrix in L2, ahead of the phase that multiplies it; matrices that would not stay there are left alone.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix) {
+    constexpr int GROUPS = (ROWS + 7) / 8;
+    if ((long long)ROWS * COLUMNS * 2 > MOST_PREFETCHED) return;
+    for (int block = blockIdx.x; block < BLOCKS; block += gridDim.x) {
+        const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
+        int bytes = (first_group(GROUPS, block + 1) - first_group(GROUPS, block)) * COLUMNS * 16;
+        for (int at = threadIdx.x * 128; at < bytes; at += PREFILL_THREADS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(share + at));
+    }
+}
+
+// Parts of a (chunk, value head) item that delta_chunks leaves for delta_scan: fp16 matrices with a row a token.
+constexpr int ITEM_WEIGHT = 0;                                    // [64, 128] -W
+constexpr int ITEM_QUERY = ITEM_WEIGHT + CHUNK * KEY_HEAD_DIM * 2;  // [64, 128] q, faded from the chunk's start
+constexpr int ITEM_KEY = ITEM_QUERY + CHUNK * KEY_HEAD_DIM * 2;     // [64, 128] k, faded to the chunk's end
+constexpr int ITEM_SCORES = ITEM_KEY + CHUNK * KEY_HEAD_DIM * 2;    // [64, 64] q k^T, faded
+constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;         // [64, 128] U
+constexpr int ITEM_BYTES = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;
+
+__device__ __forceinline__ LinearLayer linear_layer(const PrefillArguments& a, int layer) {
+    LinearLayer l;
+    l.conv_weight = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    l.negative_decay_rate = l.conv_weight + 4 * CONV_DIM;
+    l.dt_bias = l.negative_decay_rate + VALUE_HEADS;
+    l.gated_norm = l.dt_bias + VALUE_HEADS;
+    l.conv_window = (float*)a.state + (layer - full_layers_before(layer)) * LINEAR_STATE;
+    l.recurrent_state = l.conv_window + 4 * CONV_DIM;
+    return l;
+}
+__device__ __forceinline__ FullLayer full_layer(const PrefillArguments& a, int layer) {
+    FullLayer l;
+    l.q_norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    l.k_norm = l.q_norm + HEAD_DIM;
+    l.keys = (u16*)(a.state + LINEAR_LAYERS * LINEAR_STATE * 4) + (long long)full_layers_before(layer) * 2 * KV_DIM * a.max_context;
+    l.values = l.keys + (long long)KV_DIM * a.max_context;
+    return l;
+}

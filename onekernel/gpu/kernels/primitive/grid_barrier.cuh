@@ -1,0 +1,24 @@
+// A barrier over all blocks of a cooperative launch: one counter that only grows.
+#pragma once
+
+#include "primitive/memory.cuh"
+#include "primitive/watchdog.cuh"
+
+// `target`: arrivals so far, those of this barrier included. What any thread wrote before is visible to all behind it
+// (through plain loads and cp.async, not through ld.global.nc).
+__device__ __forceinline__ void grid_barrier(u32* counter, u32 target, Watchdog& watchdog) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        fence_gpu();
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+        u32 arrived;
+        watchdog.spins = 0;
+        while (true) {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+            if (arrived >= target) break;
+            watchdog.check();
+        }
+        fence_gpu();
+    }
+    __syncthreads();
+}

@@ -1,0 +1,205 @@
+"""What the host and the prefill kernel must agree on: how work is cut, scratch memory, and the argument struct."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+
+from onekernel.checkpoint.shape import Shape
+from onekernel.gpu import tape
+from onekernel.gpu.layout import Layout, enums
+
+PREFILL_THREADS = 384
+ROW_TILE = 192  # rows of a weight matrix that a block multiplies at a time
+STEP_COLUMNS = 64
+CHUNK = 64  # tokens of the delta rule that are solved together
+MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
+MOST_SPLITS = 8
+SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
+HEAD_ROW = 256  # bytes of one token's row of one delta-net head
+CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
+SCAN_STAGE = 3 * CHUNK * HEAD_ROW + CHUNK * CHUNK * 2
+ITEM_BYTES = 4 * CHUNK * HEAD_ROW + CHUNK * CHUNK * 2
+QUERY_BYTES = 64 * 512
+KEY_STAGE = 2 * 32 * 512
+
+
+@dataclass(frozen=True)
+class PrefillLayout:
+    """How the prefill kernel uses one chip."""
+
+    decode: Layout  # of the kernel that the weights on the GPU are laid out for
+    blocks: int
+    token_tile: int
+    gemm_stages: int
+    chunk_groups: int
+    scan_columns: int
+    scan_stages: int
+    attention_groups: int
+    attention_stages: int
+
+    @classmethod
+    def plan(cls, decode: Layout, sm_count: int, shared_memory: int) -> PrefillLayout | None:
+        """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75)."""
+        room = shared_memory - SHARED_RESERVED
+        token_tile = next((n for n in (176, 128, 64, 32) if 2 * _stage(n) <= room), 0)
+        columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
+        scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
+        groups, stages = next(
+            ((g, s) for g, s in ((3, 2), (2, 2), (1, 2)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),
+            (0, 0),
+        )
+        if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:
+            return None
+        return cls(
+            decode,
+            blocks=sm_count,
+            token_tile=token_tile,
+            gemm_stages=min(4, room // _stage(token_tile)),
+            chunk_groups=min(3, room // CHUNK_SCRATCH),
+            scan_columns=columns,
+            scan_stages=scan_stages,
+            attention_groups=groups,
+            attention_stages=stages,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        return self.decode.shape
+
+    @property
+    def phases(self) -> int:
+        """Of a launch without the LM head (`run_phase` in prefill.cu)."""
+        return 1 + 9 * self.shape.layers
+
+    def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
+        return self.decode.constants() | {
+            "TOKEN_TILE": self.token_tile,
+            "GEMM_STAGES": self.gemm_stages,
+            "CHUNK_GROUPS": self.chunk_groups,
+            "SCAN_COLUMNS": self.scan_columns,
+            "SCAN_STAGES": self.scan_stages,
+            "ATTENTION_GROUPS": self.attention_groups,
+            "ATTENTION_STAGES": self.attention_stages,
+        }
+
+    def declarations(self) -> str:
+        """C++ that is generated: the argument struct, and the wgmma instruction for this tile of tokens."""
+        return f"{enums()}\n{PrefillArguments.source()}\n{wgmma_source(self.token_tile)}"
+
+    def splits(self, tokens: int, columns: int) -> int:
+        """In how many parts the columns of a projection back to the hidden size are dealt, so that all blocks work."""
+        tiles = -(-self.shape.hidden // ROW_TILE) * -(-tokens // self.token_tile)
+        steps = columns // STEP_COLUMNS
+
+        def cost(splits: int) -> float:
+            """In steps of one tile; writing and reading back one split of a tile counts like 3 of them."""
+            waves = -(-tiles * splits // self.blocks)
+            return waves * (-(-steps // splits) + 3.0)
+
+        return min(range(1, MOST_SPLITS + 1), key=cost)
+
+    def scratch(self, tokens: int) -> dict[str, int]:
+        """Bytes of each scratch array for chunks of up to `tokens` tokens."""
+        s = self.shape
+        chunks = -(-tokens // CHUNK)
+        padded = -(-tokens // self.token_tile) * self.token_tile  # inputs of products stand in whole tiles
+        partial_rows = max(
+            t * max(self.splits(t, s.intermediate), self.splits(t, s.value_dim), self.splits(t, s.query_dim))
+            for t in range(1, tokens + 1)
+        )
+        return {
+            "token_ids": 4 * tokens,
+            "residual": 4 * tokens * s.hidden,
+            "input": 2 * padded * s.hidden,
+            "projected": 2 * tokens * max(s.conv_dim + s.value_dim, 2 * s.query_dim + 2 * s.kv_dim),
+            "gates": 4 * tokens * -(-2 * s.value_heads // 16) * 16,
+            "items": chunks * s.value_heads * ITEM_BYTES,
+            "fades": 4 * chunks * s.value_heads,
+            "output": 2 * tokens * s.value_dim,
+            "mixed": 2 * padded * max(s.value_dim, s.query_dim),
+            "activated": 2 * padded * s.intermediate,
+            "partials": 4 * partial_rows * s.hidden,
+        }
+
+
+def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
+    """int64 [matrices, blocks]: where on the tape each block's part of each matrix begins."""
+    at = tape.plan(shape, blocks).offsets.copy()
+    rows = []
+    for matrix in tape.matrices(shape):
+        rows.append(at.copy())
+        at += tape._share_bytes(matrix, blocks)
+    return np.stack(rows)
+
+
+def wgmma_source(tokens: int) -> str:
+    """`wgmma_tokens`: 64 rows of weights times 16 columns times `tokens`, all from shared memory."""
+    count = tokens // 2  # accumulators of a thread
+    outputs = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
+    return f"""
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+using u64 = unsigned long long;
+__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], u64 weights, u64 tokens) {{
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
+                 "{{{outputs}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;}}"
+                 : {operands}
+                 : "l"(weights), "l"(tokens));
+}}
+#endif
+"""
+
+
+def _stage(token_tile: int) -> int:
+    return (ROW_TILE + token_tile) * STEP_COLUMNS * 2
+
+
+class PrefillArguments(ctypes.Structure):
+    """The arguments of the prefill kernel. Pointers are device addresses; `report` is mapped host memory."""
+
+    _FIELDS_IN_C = (
+        ("const unsigned char*", "tape"),
+        ("const long long*", "matrix_offsets"),  # [matrices, BLOCKS]
+        ("const unsigned short*", "embedding"),  # [VOCAB, HIDDEN], if the head is not tied
+        ("const float*", "parameters"),  # see parameters.py
+        ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
+        ("unsigned char*", "state"),  # see state.cuh
+        ("const int*", "token_ids"),  # [tokens]
+        ("float*", "residual"),  # [tokens, HIDDEN]
+        ("unsigned short*", "input"),  # [tokens, HIDDEN]: the normed residual, 16 bit, as input_place says
+        ("unsigned short*", "projected"),  # [tokens, LINEAR_STRIDE or FULL_STRIDE]
+        ("float*", "gates"),  # [tokens, GATE_STRIDE]
+        ("unsigned char*", "items"),  # [chunks, VALUE_HEADS, ITEM_BYTES]
+        ("float*", "fades"),  # [chunks, VALUE_HEADS]: what a chunk leaves of the state that enters it
+        ("unsigned short*", "output"),  # [tokens, VALUE_DIM] of the delta rule, fp16
+        ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM], as input_place says
+        ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE], as input_place says
+        ("float*", "partials"),  # [splits, tokens, HIDDEN]
+        ("float*", "logits"),  # [logits_count, VOCAB], or null
+        ("unsigned int*", "barrier"),  # zero before the launch
+        ("unsigned long long*", "times"),  # [phases + 1] end of each phase in nanoseconds, or null
+        ("unsigned long long*", "report"),  # host: where a wait ran out
+        ("unsigned long long", "spin_limit"),  # nanoseconds that one wait may last
+        ("int", "tokens"),
+        ("int", "position"),  # of the first token
+        ("int", "max_context"),  # positions that the KV cache has room for
+        ("int", "first_phase"),
+        ("int", "end_phase"),
+        ("int", "mixer_splits"),
+        ("int", "mlp_splits"),
+        ("int", "logits_first"),  # tokens whose logits phase PHASES makes
+        ("int", "logits_count"),
+    )
+    _fields_ = [
+        (name, ctypes.c_int if kind == "int" else ctypes.c_uint64)
+        for kind, name in _FIELDS_IN_C
+    ]  # fmt: skip
+
+    @classmethod
+    def source(cls) -> str:
+        return "\n".join(
+            ["struct PrefillArguments {", *(f"    {kind} {name};" for kind, name in cls._FIELDS_IN_C), "};"]
+        )

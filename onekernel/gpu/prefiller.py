@@ -1,0 +1,209 @@
+"""Prefiller: prompts on the GPU, many tokens a launch. It shares the decoder's weights and leaves its kind of state."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from onekernel.errors import BackendError, NotEnoughMemory
+from onekernel.gpu.compile import compile_cached
+from onekernel.gpu.decoder import REPORT, Decoder, State
+from onekernel.gpu.driver import check
+from onekernel.gpu.memory import DeviceBuffer
+from onekernel.gpu.prefill_layout import (
+    MOST_CHUNK_TOKENS,
+    PREFILL_THREADS,
+    PrefillArguments,
+    PrefillLayout,
+    matrix_offsets,
+)
+from onekernel.gpu.source import assemble
+
+
+def prefill_source(layout: PrefillLayout) -> str:
+    return assemble("prefill.cu", layout.constants(), layout.declarations())
+
+
+class Prefiller:
+    """The prefill kernel beside a decoder. Scratch memory is taken when first needed, for the longest chunk so far."""
+
+    def __init__(self, decoder: Decoder, layout: PrefillLayout) -> None:
+        """Compile (or take from the cache) and load.
+
+        Raises:
+            BackendError: it does not compile, or its blocks do not fit on the GPU together.
+        """
+        from cuda.bindings import driver
+
+        self.decoder, self.layout, self.shape = decoder, layout, layout.shape
+        gpu = decoder.gpu
+        self._module = check(driver.cuModuleLoadData(compile_cached(prefill_source(layout), gpu.arch, "prefill")))
+        self._function = check(driver.cuModuleGetFunction(self._module, b"prefill"))
+        address, size = check(driver.cuModuleGetGlobal(self._module, b"shared_bytes"))
+        value = ctypes.c_int()
+        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
+        self.shared_bytes = value.value
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(self._function, attribute, self.shared_bytes))
+        resident = check(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, PREFILL_THREADS, self.shared_bytes)
+        )
+        if resident * gpu.sm_count < layout.blocks:
+            raise BackendError(
+                f"the prefill kernel's {layout.blocks} blocks do not fit on {gpu.name} together "
+                f"({resident} on each of {gpu.sm_count} SMs); use the backend cpu and report this"
+            )
+        self.matrix_offsets = DeviceBuffer.of(matrix_offsets(self.shape, layout.decode.blocks))
+        self.barrier = DeviceBuffer(4)
+        self.times = DeviceBuffer(8 * (layout.phases + 1))
+        self.scratch: dict[str, DeviceBuffer] = {}
+        self.scratch_tokens = 0
+
+    def prefill(self, state: State, tokens: Sequence[int]) -> None:
+        """Consume `tokens`.
+
+        Raises:
+            NotEnoughMemory: before anything is consumed; names the tokens and bytes.
+            BackendError: the kernel failed.
+        """
+        self._prepare(state, len(tokens))
+        for start in range(0, len(tokens), MOST_CHUNK_TOKENS):
+            part = tokens[start : start + MOST_CHUNK_TOKENS]
+            self.launch(state, part, 0, self.layout.phases)
+            self.wait()
+            state.position += len(part)
+
+    def logits(self, state: State, tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Consume `tokens`; float32 [up to token_tile, vocab] logits after each, slice after slice.
+
+        Raises: see prefill.
+        """
+        most = self.layout.token_tile  # whole tiles: see input_place in prefill/model.cuh
+        self._prepare(state, len(tokens), 4 * most * self.shape.vocab)
+        buffer = DeviceBuffer(4 * most * self.shape.vocab)
+        for start in range(0, len(tokens), MOST_CHUNK_TOKENS):
+            part = tokens[start : start + MOST_CHUNK_TOKENS]
+            self.launch(state, part, 0, self.layout.phases)
+            for first in range(0, len(part), most):
+                count = min(most, len(part) - first)
+                head = self.layout.phases
+                self.launch(state, part, head, head + 1, logits=buffer, logits_first=first, logits_count=count)
+                self.wait()
+                yield buffer.read(np.float32, count * self.shape.vocab).reshape(count, self.shape.vocab)
+            state.position += len(part)
+
+    def memory_needed(self, tokens: int) -> int:
+        """Bytes of scratch memory that a prompt of `tokens` tokens needs beyond what is there already."""
+        chunk = min(tokens, MOST_CHUNK_TOKENS)
+        if chunk <= self.scratch_tokens:
+            return 0
+        return sum(self.layout.scratch(chunk).values()) - sum(buffer.nbytes for buffer in self.scratch.values())
+
+    def _prepare(self, state: State, tokens: int, more: int = 0) -> None:
+        self.decoder.gpu.make_current()
+        self.decoder.reserve(state, state.position + tokens)
+        needed, free = self.memory_needed(tokens) + more, self.decoder.gpu.memory_free()
+        if needed > free:
+            raise NotEnoughMemory(
+                f"prefill of {tokens} tokens needs {needed:,} bytes of scratch memory on the GPU, and {free:,} are "
+                "free: close sessions that are no longer needed, or other programs that use the GPU"
+            )
+        chunk = min(tokens, MOST_CHUNK_TOKENS)
+        if chunk > self.scratch_tokens:
+            for buffer in self.scratch.values():
+                buffer.free()
+            self.scratch = {name: DeviceBuffer(nbytes) for name, nbytes in self.layout.scratch(chunk).items()}
+            self.scratch_tokens = chunk
+
+    def launch(
+        self,
+        state: State,
+        tokens: Sequence[int],
+        first_phase: int,
+        end_phase: int,
+        timed: bool = False,
+        logits: DeviceBuffer | None = None,
+        logits_first: int = 0,
+        logits_count: int = 0,
+    ) -> None:
+        """Start one launch over phases [first_phase, end_phase) of one chunk; the state's position stays."""
+        from cuda.bindings import driver
+
+        decoder, count = self.decoder, len(tokens)
+        arguments = PrefillArguments(
+            tape=decoder.tape.address,
+            matrix_offsets=self.matrix_offsets.address,
+            embedding=decoder.embedding.address if decoder.embedding else 0,
+            parameters=decoder.parameters.address,
+            rope=decoder.rope.address,
+            state=state.buffer.address,
+            **{name: buffer.address for name, buffer in self.scratch.items()},
+            logits=logits.address if logits else 0,
+            barrier=self.barrier.address,
+            times=self.times.address if timed else 0,
+            report=decoder.mapped.address + 8 * REPORT,
+            spin_limit=decoder.spin_limit,
+            tokens=count,
+            position=state.position,
+            max_context=state.capacity,
+            first_phase=first_phase,
+            end_phase=end_phase,
+            mixer_splits=self.layout.splits(count, max(self.shape.value_dim, self.shape.query_dim)),
+            mlp_splits=self.layout.splits(count, self.shape.intermediate),
+            logits_first=logits_first,
+            logits_count=logits_count,
+        )
+        given = np.asarray(tokens, np.int32)
+        stream = decoder.stream
+        decoder.mapped.words[REPORT] = 0
+        check(driver.cuMemcpyHtoDAsync(self.scratch["token_ids"].address, given.ctypes.data, given.nbytes, stream))
+        check(driver.cuMemsetD8Async(self.barrier.address, 0, 4, stream))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        check(
+            driver.cuLaunchCooperativeKernel(
+                self._function,
+                *(self.layout.blocks, 1, 1),
+                *(PREFILL_THREADS, 1, 1),
+                self.shared_bytes,
+                stream,
+                ctypes.addressof(pointers),
+            )
+        )
+
+    def wait(self) -> None:
+        """Until the launches so far are done.
+
+        Raises:
+            BackendError: one failed; the message says in which phase it waited, if it did.
+        """
+        from cuda.bindings import driver
+
+        while True:
+            (status,) = driver.cuStreamQuery(self.decoder.stream)
+            if status == driver.CUresult.CUDA_SUCCESS:
+                return
+            if status != driver.CUresult.CUDA_ERROR_NOT_READY:
+                raise BackendError(self._failure(status))
+            time.sleep(20e-6)
+
+    def _failure(self, status: Any) -> str:
+        report = int(self.decoder.mapped.words[REPORT])
+        where = (
+            f"behind phase {report >> 32 & 0xFFFF}, block {report & 0xFFFFFFFF} waited too long"
+            if report
+            else status.name
+        )
+        return f"the prefill kernel failed ({where}); start again, and report this"
+
+    def close(self) -> None:
+        """Free the GPU's memory; the decoder stays."""
+        from cuda.bindings import driver
+
+        for buffer in (self.matrix_offsets, self.barrier, self.times, *self.scratch.values()):
+            buffer.free()
+        self.scratch, self.scratch_tokens = {}, 0
+        driver.cuModuleUnload(self._module)

@@ -1,0 +1,1 @@
+"""Starts an installed client (a coding agent, a chat front end) against a server, with a configuration of its own."""

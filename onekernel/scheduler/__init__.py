@@ -1,0 +1,6 @@
+"""Many requests on one engine: a bounded queue, fair time slices, cancellation, prefixes read once. Token ids only."""
+
+from onekernel.scheduler.request import Interruption, Request, Ticket
+from onekernel.scheduler.scheduler import QueueFull, Scheduler, ShuttingDown
+
+__all__ = ["Interruption", "QueueFull", "Request", "Scheduler", "ShuttingDown", "Ticket"]

@@ -1,0 +1,119 @@
+"""Run the GPU tests and write what came out to benchmarks/gpu/<gpu>.json, for CI to check against the sources.
+
+    python tests/gpu/run.py --sanitizer --processes 4
+
+Arguments that it does not know go to pytest (-k soak, -x); a report of such a run is for you and not for CI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from onekernel.gpu import source  # noqa: E402
+from onekernel.gpu.compile import compiler_version  # noqa: E402
+from onekernel.gpu.device import describe, find_gpu  # noqa: E402
+
+REPORTS = ROOT / "benchmarks" / "gpu"
+
+
+class Recorder:
+    """A pytest plugin that keeps every outcome, with what the test recorded."""
+
+    def __init__(self) -> None:
+        self.tests: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # A test that fails in its fixtures never comes to "call".
+        if report.when != "call" and report.outcome == "passed":
+            return
+        entry: dict[str, Any] = {
+            "name": report.nodeid.removeprefix("tests/gpu/").rsplit("@", 1)[0],  # xdist adds its group
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 2),
+        }
+        if report.user_properties:
+            entry["measured"] = dict(report.user_properties)
+        if report.outcome != "passed":
+            entry["why"] = str(report.longrepr)[-2000:]
+        self.tests.append(entry)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--soak-tokens", type=int, default=1_000_000, help="tokens of the soak (default 1,000,000)")
+    parser.add_argument("--sanitizer", action="store_true", help="run compute-sanitizer's four tools, too")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the GPU")
+    parser.add_argument("--output", type=Path, help="file of the report (default benchmarks/gpu/<gpu>.json)")
+    arguments, rest = parser.parse_known_args()
+
+    gpu = find_gpu()
+    os.environ["ONEKERNEL_SOAK_TOKENS"] = str(arguments.soak_tokens)
+    recorder = Recorder()
+    digest = source.digest()
+    # Other versions of PyTorch and Transformers may warn of other things.
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
+    if arguments.processes > 1:
+        options += ["-n", str(arguments.processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.processes)))
+    with ThreadPoolExecutor(1) as beside:
+        sanitizer = beside.submit(_sanitize) if arguments.sanitizer else None
+        code = pytest.main([str(HERE), *options, *rest], plugins=[recorder])
+    report: dict[str, Any] = {
+        "gpu": gpu.name,
+        "compute_capability": ".".join(map(str, gpu.capability)),
+        "sm_count": gpu.sm_count,
+        "driver": _driver_version(),
+        "driver_supports": describe()["driver_supports"].split(" (")[0],
+        "nvrtc": compiler_version(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "kernel_sources": digest,
+        "command": " ".join(["python", "tests/gpu/run.py", *sys.argv[1:]]),
+        "pytest_arguments": rest,
+        "summary": Counter(test["outcome"] for test in recorder.tests),
+        "tests": recorder.tests,
+    }
+    if sanitizer:
+        report["sanitizer"] = sanitizer.result()
+        code = code or any(not tool["clean"] for tool in report["sanitizer"].values())
+    path = arguments.output or REPORTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{dict(report['summary'])} in {path}")
+    return int(code)
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _sanitize() -> dict[str, Any]:
+    from sanitize import TOOLS, run_tool
+
+    return {tool: run_tool(tool) for tool in TOOLS}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -217,3 +217,13 @@ def test_a_cold_start_shows_its_parts_and_a_prompt_its_first_token() -> None:
     assert rows[-1][1:] == ["cold64, compiling", "", "0.0", "3.00 s", "", "", "", "", rows[-1][-1]]
     assert rows[-1][-1] == "start 0.50, load 2.00, first 0.50, again 0.10 s"
     assert next(row for row in rows if row[1] == "pp520" and row[0] != "limit")[4] == "10.0 ms"
+
+
+def test_figures_of_a_busy_machine_say_so() -> None:
+    quiet, busy = (document(engine("onekernel", 1000, 100)) for _ in range(2))
+    for found, load in ((quiet, 2.1), (busy, 9.7)):
+        found["machine"]["cpu_count"] = 2
+        found["engines"][0]["measurements"][0]["telemetry"] = {"load_average": load}
+    assert not any("Other programs" in line for line in notes(quiet))
+    assert any("load average 10 on 2 cores" in line for line in notes(busy))
+    assert "Other programs" in readme_tables([("busy.json", busy)])

@@ -167,6 +167,20 @@ def fits_in_cache(document: Document) -> bool:
     return bool(cache) and ceiling.decode_bytes(shape_of(document), 0).weights < 2 * cache
 
 
+def load_average(document: Document) -> float | None:
+    """The highest load average during a measurement on the CPU, if it says that other programs ran at the same time.
+
+    The harness itself keeps at most every core busy; half a core more is taken for chance.
+    """
+    loads = [
+        (measurement.get("telemetry") or {}).get("load_average") or 0.0
+        for engine in document["engines"]
+        for measurement in engine["measurements"]
+    ]
+    most = max(loads, default=0.0)
+    return most if most > (document["machine"].get("cpu_count") or 1) + 0.5 else None
+
+
 def figures(document: Document) -> list[Figure]:
     """All cells of all engines that gave samples, in the order of the document."""
     found = []

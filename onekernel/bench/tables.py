@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onekernel.bench import gate
-from onekernel.bench.document import Document, Figure, figures, fits_in_cache, limit_of
+from onekernel.bench.document import Document, Figure, figures, fits_in_cache, limit_of, load_average
 from onekernel.bench.workload import COLD_START, DECODE, PREFILL, Cell
 from onekernel.errors import InvalidRequest
 
@@ -94,6 +94,8 @@ def notes(document: Document) -> list[str]:
         lines.append(
             "The weights fit into the cache of this processor: reading memory is no limit, and no share is given."
         )
+    if disturbed := _disturbed(document):
+        lines.append(disturbed)
     if "idle" in document:
         lines.append(f"Idle power: {document['idle']['watts']:.0f} W; tok/J counts all power of the board, idle too.")
     rounding = [engine["agreement"] for engine in document["engines"] if "agreement" in engine]
@@ -145,9 +147,22 @@ def _markdown(name: str, document: Document, standard: Sequence[Figure]) -> str:
         believable = any_figure.believable or any_figure.agreement.get("verdict") == gate.UNCHECKED
         shown = [_rate(read), _rate(made), _share(made), _per_joule(made)] if believable else ["wrong", "wrong", "", ""]
         lines.append(f"| {any_figure.title} | {' | '.join(shown)} | {agreement_text(any_figure)} |")
+    if disturbed := _disturbed(document):
+        lines += ["", f"**{disturbed}**"]
     if fits_in_cache(document):
         lines += ["", "(These weights fit into the processor's cache, so reading memory is no limit.)"]
     return "\n".join(lines)
+
+
+def _disturbed(document: Document) -> str:
+    """A warning if other programs ran at the same time, else nothing."""
+    load = load_average(document)
+    if load is None:
+        return ""
+    return (
+        f"Other programs ran at the same time (load average {load:.0f} on {document['machine']['cpu_count']} cores): "
+        "these figures are far below what a quiet machine gives, and their noise is large."
+    )
 
 
 def standard_count(standard: Sequence[Figure]) -> int:

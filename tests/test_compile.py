@@ -203,17 +203,29 @@ def test_compile_verb_fills_the_cache_without_a_gpu(cache: Path, compiled: list[
     results = json.loads(capsys.readouterr().out)
     assert [(r["kernel"], r["arch"], r["chip"]) for r in results] == [
         ("decode", "sm_86", "GeForce RTX 3090"),
+        ("prefill", "sm_86", "GeForce RTX 3090"),
         ("decode", "sm_90a", "H100 and H200 SXM"),
+        ("prefill", "sm_90a", "H100 and H200 SXM"),
     ]
     assert all(r["registers"] > 0 and r["seconds"] > 0 and Path(r["file"]).parent == cache for r in results)
-    # The entry is the one that a start on exactly that chip looks for.
+    # The entries are those that a start on exactly that chip looks for.
     from onekernel.text.tokenizer import Tokenizer
 
     chip = CHIPS["sm_90a"]
     vocabulary_size = Tokenizer.load(hub.resolve("demo")).size
     layout = Layout.plan(shape_of("demo"), vocabulary_size, chip.sm_count, chip.shared_memory)
+    plan = PrefillLayout.plan(layout, chip.sm_count, chip.shared_memory)
+    assert plan is not None
     compile_cached(decode_source(layout), "sm_90a", "decode")
-    assert compiled == ["sm_86", "sm_90a"]  # no third time
+    compile_cached(prefill_source(plan), "sm_90a", "prefill")
+    assert compiled == ["sm_86", "sm_86", "sm_90a", "sm_90a"]  # no third time
+
+
+def test_compile_verb_says_where_a_chip_does_without_the_prefill_kernel(cache: Path, capsys) -> None:
+    assert main(["compile", "--model", "demo", "--arch", "sm_75"]) == 0
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()] == ["decode"]
+    assert "no prefill kernel for sm_75: its shared memory is too small" in output.err
 
 
 def test_compile_verb_says_what_it_needs(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ EXAMPLES = (
     "onekernel compile --model demo --arch all --json",
 )
 ALL = "all"
+TOO_SMALL = "its shared memory is too small, and prompts go through the decode kernel"
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
     shape, vocabulary_size = _dimensions(arguments.model)
     results = []
     for arch, chip in _targets(arguments.arch):
-        result = _compile(arguments.model, shape, vocabulary_size, arch, chip)
-        results.append(result)
-        if not arguments.json:
-            print(_line(result), flush=True)
+        for kernel, source in _sources(shape, vocabulary_size, chip).items():
+            if source is None:
+                print(f"onekernel: no {kernel} kernel for {arch}: {TOO_SMALL}", file=sys.stderr)
+                continue
+            result = _compile(kernel, source, arguments.model, arch, chip)
+            results.append(result)
+            if not arguments.json:
+                print(_line(result), flush=True)
     if arguments.json:
         print(json.dumps([asdict(result) for result in results], indent=2))
     return 0
@@ -99,19 +105,28 @@ def _targets(asked: list[str] | None) -> list[tuple[str, Chip]]:
     return [(arch, chip_of(arch)) for arch in names]
 
 
-def _compile(model: str, shape: Shape, vocabulary_size: int, arch: str, chip: Chip) -> Compiled:
-    from onekernel.gpu.compile import cache_path, compile_source, write_entry
+def _sources(shape: Shape, vocabulary_size: int, chip: Chip) -> dict[str, str | None]:
+    """The kernels that CudaBackend loads for this model on this chip; None where it does without."""
     from onekernel.gpu.kernel import decode_source
     from onekernel.gpu.layout import Layout
+    from onekernel.gpu.prefill_layout import PrefillLayout
+    from onekernel.gpu.prefiller import prefill_source
 
-    source = decode_source(Layout.plan(shape, vocabulary_size, chip.sm_count, chip.shared_memory))
+    layout = Layout.plan(shape, vocabulary_size, chip.sm_count, chip.shared_memory)
+    prefill = PrefillLayout.plan(layout, chip.sm_count, chip.shared_memory)
+    return {"decode": decode_source(layout), "prefill": prefill_source(prefill) if prefill else None}
+
+
+def _compile(kernel: str, source: str, model: str, arch: str, chip: Chip) -> Compiled:
+    from onekernel.gpu.compile import cache_path, compile_source, write_entry
+
     start = time.monotonic()
-    cubin, resources = compile_source(source, arch, "decode")
+    cubin, resources = compile_source(source, arch, kernel)
     seconds = time.monotonic() - start
     path = cache_path(source, arch)
     write_entry(path, cubin)
     return Compiled(
-        kernel="decode",
+        kernel=kernel,
         model=model,
         arch=arch,
         chip=chip.name,
@@ -128,6 +143,6 @@ def _compile(model: str, shape: Shape, vocabulary_size: int, arch: str, chip: Ch
 def _line(result: Compiled) -> str:
     chip, spills = f"{result.chip}, {result.sm_count} SMs", result.spill_stores + result.spill_loads
     return (
-        f"{result.kernel:<8}{result.arch:<9}{chip:<30}{result.registers:>4} registers, {spills} bytes of spills, "
-        f" {result.cubin_bytes / 1024:.0f} KiB, {result.seconds:.1f} s"
+        f"{result.kernel:<9}{result.arch:<9}{chip:<30}{result.registers:>4} registers,{spills:>5} bytes of spills,"
+        f"{result.cubin_bytes / 1024:>5.0f} KiB, {result.seconds:.1f} s"
     )

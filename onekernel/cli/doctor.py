@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -38,6 +36,7 @@ def examine() -> dict[str, Any]:
 
     from onekernel.backend.choose import choose
     from onekernel.backend.memory import available_memory
+    from onekernel.gpu.device import describe
 
     choice = choose("auto")
     return {
@@ -49,18 +48,10 @@ def examine() -> dict[str, Any]:
         "memory_available": available_memory(),
         "hub_cache": constants.HF_HUB_CACHE,
         "hub_offline": constants.HF_HUB_OFFLINE,
-        "gpu": _gpu(),
+        "gpu": describe(),
         "backend": choice.name,
         "backend_reason": choice.reason,
     }
-
-
-def _gpu() -> dict[str, Any]:
-    """What the GPU layer says of the GPU, the driver, NVRTC and the cache of kernels."""
-    if importlib.util.find_spec("onekernel.gpu.device") is None:
-        return {"problem": "this version of onekernel does not use GPUs yet"}
-    described: dict[str, Any] = importlib.import_module("onekernel.gpu.device").describe()
-    return described
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
         "--context",
-        type=int,
+        type=options.positive,
         default=2048,
         metavar="N",
         help="cut the text into windows of N tokens, each predicted from its own beginning (default 2048)",

@@ -35,7 +35,7 @@ def made_up_driver(monkeypatch):
             "cuDriverGetVersion": (SUCCESS, 13000),
             "cuDeviceGetCount": (SUCCESS, 1),
             "cuDeviceGet": (SUCCESS, 0),
-            "cuDeviceGetName": (SUCCESS, b"NVIDIA Test\0\0"),
+            "cuDeviceGetName": (SUCCESS, b"NVIDIA Test\0\0  "),
             "cuDevicePrimaryCtxRetain": (SUCCESS, "context"),
             "cuCtxSetCurrent": (SUCCESS,),
             "cuDeviceTotalMem": (SUCCESS, 80 * 2**30),

@@ -8,7 +8,7 @@ from typing import Any
 
 from onekernel.errors import BackendError
 from onekernel.gpu.compile import ARCHITECTURES, cache_folder
-from onekernel.gpu.driver import check
+from onekernel.gpu.driver import check, text_in
 
 LEAST_DRIVER = 13000  # CUDA version a driver must support; driver 580 is the first of them
 LEAST_CAPABILITY = (7, 5)  # Turing: the first with the tensor-core instructions used
@@ -88,7 +88,7 @@ def find_gpu(index: int = 0) -> Gpu:
         attribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
         attribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
     )
-    name = check(driver.cuDeviceGetName(256, handle)).decode().rstrip("\0")
+    name = text_in(check(driver.cuDeviceGetName(256, handle)))
     if capability < LEAST_CAPABILITY:
         raise BackendError(
             f"{name} has compute capability {capability[0]}.{capability[1]}, and onekernel needs 7.5 (Turing) or newer"

@@ -32,6 +32,11 @@ def check(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values) if values else None
 
 
+def text_in(buffer: bytes) -> str:
+    """The C string at the beginning of a buffer; what follows its end is arbitrary."""
+    return buffer.partition(b"\0")[0].decode()
+
+
 def _lasting() -> tuple[Any, ...]:
     """The failures of a kernel that spoil the CUDA context for good."""
     from cuda.bindings import driver

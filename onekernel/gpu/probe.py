@@ -10,7 +10,7 @@ from typing import Any
 from onekernel.errors import BackendError
 from onekernel.gpu.compile import compile_cached
 from onekernel.gpu.device import Gpu, find_gpu
-from onekernel.gpu.driver import check
+from onekernel.gpu.driver import check, text_in
 from onekernel.gpu.memory import DeviceBuffer
 from onekernel.gpu.nvml import Nvml
 
@@ -146,8 +146,7 @@ def bus_id() -> str:
         check(driver.cuInit(0))
     except DynamicLibNotFoundError:
         raise BackendError("there is no NVIDIA driver on this machine") from None
-    found: str = check(driver.cuDeviceGetPCIBusId(32, check(driver.cuDeviceGet(0)))).decode().rstrip("\0")
-    return found
+    return text_in(check(driver.cuDeviceGetPCIBusId(32, check(driver.cuDeviceGet(0)))))
 
 
 def identify() -> dict[str, Any]:

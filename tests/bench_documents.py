@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from onekernel.checkpoint.random_weights import SIZES, config
+from onekernel.checkpoint.random_weights import config
+from onekernel.checkpoint.sizes import SIZES
 
 CONTEXTS = (0, 520, 1904, 8192, 32_768)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from onekernel.checkpoint.random_weights import Size, config, write_random
+from onekernel.checkpoint.random_weights import config, write_random
+from onekernel.checkpoint.sizes import SIZES
 
 TOKENS = 8192  # no padding rows: engines that do not know of them choose the same tokens
 
 
 def write_small(folder: Path) -> Path:
-    size = Size(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, value_heads=4, tied=False)
-    write_random(folder, {**config(size), "vocab_size": 8192, "linear_num_key_heads": 2, "eos_token_id": 3000}, TOKENS)
+    released = SIZES["9b"]  # its LM head is not tied
+    dimensions = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "key_heads": 2, "value_heads": 4}
+    vocabulary = {"vocab": 8192, "eos_token_ids": (3000,)}
+    shape = dataclasses.replace(released, layer_types=released.layer_types[:4], **dimensions, **vocabulary)
+    write_random(folder, config(shape), TOKENS)
     return folder

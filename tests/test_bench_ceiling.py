@@ -12,8 +12,9 @@ from onekernel.bench.ceiling import (
     prefill_ceiling,
     prefill_flops,
 )
-from onekernel.checkpoint.random_weights import SIZES, config
+from onekernel.checkpoint.random_weights import config
 from onekernel.checkpoint.shape import Shape
+from onekernel.checkpoint.sizes import SIZES
 from onekernel.checkpoint.weights import expected_tensors
 
 SMALL = Shape.from_config(config(SIZES["0.8b"]))

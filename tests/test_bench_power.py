@@ -76,7 +76,8 @@ def document(rate: float, joules_per_token: float) -> dict[str, Any]:
 
 
 def _config() -> dict[str, Any]:
-    from onekernel.checkpoint.random_weights import SIZES, config
+    from onekernel.checkpoint.random_weights import config
+    from onekernel.checkpoint.sizes import SIZES
 
     return config(SIZES["0.8b"])
 

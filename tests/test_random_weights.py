@@ -9,8 +9,9 @@ import pytest
 from bench_models import TOKENS, write_small
 
 from onekernel.checkpoint import random_weights
-from onekernel.checkpoint.random_weights import SIZES, config, fingerprint, random_checkpoint, random_tensor
+from onekernel.checkpoint.random_weights import config, fingerprint, random_checkpoint, random_tensor
 from onekernel.checkpoint.shape import Shape
+from onekernel.checkpoint.sizes import SIZES
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import InvalidRequest
 from onekernel.reference import model

@@ -15,7 +15,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +22,14 @@ import numpy as np
 
 from onekernel.checkpoint.hub import demo_folder
 from onekernel.checkpoint.shape import Shape
+from onekernel.checkpoint.sizes import SIZES, VOCABULARY_SIZE
 from onekernel.checkpoint.weights import expected_tensors
 from onekernel.errors import InvalidRequest
 
 PREFIX = "random:"
 SEED = 0
 VERSION = 1  # of the rule that makes the values; part of the folder's name
-TOKENS = 248_077  # of the released tokenizer; the rest of the vocabulary is padding
 FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # stored as the released checkpoints do
-
-
-@dataclass(frozen=True)
-class Size:
-    """What differs between the released sizes."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    value_heads: int
-    tied: bool
-
-
-SIZES = {
-    "0.8b": Size(1024, 3584, 24, 8, 2, 16, True),
-    "2b": Size(2048, 6144, 24, 8, 2, 16, True),
-    "4b": Size(2560, 9216, 32, 16, 4, 32, True),
-    "9b": Size(4096, 12288, 32, 16, 4, 32, False),
-    "27b": Size(5120, 17408, 64, 24, 4, 48, False),
-}
 
 
 def is_random(name: str) -> bool:
@@ -76,7 +53,7 @@ def random_checkpoint(name: str, report: Callable[[str], None] | None = None) ->
     if not (folder / "config.json").is_file():  # written last
         if report is not None:
             report(f"writing the checkpoint {name} to {folder} (once)")
-        write_random(folder, config(SIZES[size]), TOKENS)
+        write_random(folder, config(SIZES[size]), VOCABULARY_SIZE)
     return folder
 
 
@@ -91,8 +68,8 @@ def cache_folder() -> Path:
     return base / "onekernel" / "checkpoints"
 
 
-def config(size: Size) -> dict[str, Any]:
-    """The `config.json` of a text-only checkpoint of this size."""
+def config(shape: Shape) -> dict[str, Any]:
+    """The `config.json` of a text-only checkpoint of this shape, one of SIZES or a variation of it."""
     return {
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
@@ -100,36 +77,36 @@ def config(size: Size) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "attn_output_gate": True,
         "dtype": "bfloat16",
-        "eos_token_id": 248_044,
+        "eos_token_id": shape.eos_token_ids[0],
         "full_attention_interval": 4,
-        "head_dim": 256,
+        "head_dim": shape.head_dim,
         "hidden_act": "silu",
-        "hidden_size": size.hidden,
+        "hidden_size": shape.hidden,
         "initializer_range": 0.02,
-        "intermediate_size": size.intermediate,
-        "layer_types": [f"{'full' if i % 4 == 3 else 'linear'}_attention" for i in range(size.layers)],
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": size.value_heads,
-        "linear_value_head_dim": 128,
+        "intermediate_size": shape.intermediate,
+        "layer_types": list(shape.layer_types),
+        "linear_conv_kernel_dim": shape.conv_kernel,
+        "linear_key_head_dim": shape.key_head_dim,
+        "linear_num_key_heads": shape.key_heads,
+        "linear_num_value_heads": shape.value_heads,
+        "linear_value_head_dim": shape.value_head_dim,
         "mamba_ssm_dtype": "float32",
-        "max_position_embeddings": 262_144,
-        "mtp_num_hidden_layers": 0,
-        "num_attention_heads": size.heads,
-        "num_hidden_layers": size.layers,
-        "num_key_value_heads": size.kv_heads,
-        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": shape.max_context,
+        "mtp_num_hidden_layers": shape.mtp_layers,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": shape.norm_eps,
         "rope_parameters": {
             "mrope_interleaved": True,
             "mrope_section": [11, 11, 10],
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10_000_000.0,
+            "partial_rotary_factor": shape.rotary_dim / shape.head_dim,
+            "rope_theta": shape.rope_theta,
             "rope_type": "default",
         },
-        "tie_word_embeddings": size.tied,
+        "tie_word_embeddings": shape.tied,
         "use_cache": True,
-        "vocab_size": 248_320,
+        "vocab_size": shape.vocab,
     }
 
 

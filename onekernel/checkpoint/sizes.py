@@ -1,4 +1,4 @@
-"""The released sizes, for what needs their dimensions and no weights: compiling kernels, random models in tests."""
+"""The released sizes, for what needs their dimensions and no weights: compiling kernels, random checkpoints."""
 
 from __future__ import annotations
 

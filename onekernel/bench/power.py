@@ -1,8 +1,9 @@
 """The power sweep: speed and energy under one power limit after another, and the original limit again on every way out.
 
 A power limit holds for everybody who uses the GPU, and stays when a process dies. So it is put back by a `finally`,
-for exceptions and ctrl-C; SIGTERM and SIGHUP are turned into an exception first, because they would end the process
-without it; and a restore that fails is tried again and then said loudly, with the command that mends it.
+for exceptions and ctrl-C. SIGTERM and SIGHUP are turned into an exception first, because they would end the process
+without it, and the first signal turns off all others, because they would interrupt the `finally`. A restore that fails
+is tried again and then said loudly, with the command that mends it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onekernel.bench.workload import DECODE
 from onekernel.errors import BackendError, InvalidRequest
 
 ATTEMPTS = 3
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Terminated(BaseException):
@@ -81,36 +82,35 @@ def restored_limit(meter: Meter, say: Callable[[str], None]) -> Iterator[float]:
     """The power limit as it was before, on every way out of the block: return, exception, ctrl-C, SIGTERM, SIGHUP."""
     original = meter.power_limit()
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere no signal arrives
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise Terminated(number)
-
-    handlers = {number: signal.signal(number, end) for number in SIGNALS} if in_main_thread else {}
+    handlers = {number: signal.signal(number, _end) for number in SIGNALS} if in_main_thread else {}
     try:
-        yield original
+        try:
+            yield original
+        finally:
+            # While the limit is put back, nothing may interrupt. A signal that comes before `_ignore_signals` is done
+            # has had them ignored by its handler, so the second `finally` is undisturbed in any case.
+            try:
+                if in_main_thread:
+                    _ignore_signals()
+            finally:
+                try:
+                    _restore(meter, original, say)
+                finally:
+                    for number, handler in handlers.items():
+                        signal.signal(number, handler)
     except Terminated as request:
         raise SystemExit(128 + request.number) from None
-    finally:
-        # While the limit is put back, nothing may interrupt: a second ctrl-C would leave it changed.
-        if in_main_thread:
-            handlers[signal.SIGINT] = _ignore_signals()
-        try:
-            _restore(meter, original, say)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
-def _ignore_signals() -> Any:
-    """Ignore ctrl-C and the others from here on, and what arrives meanwhile too; returns the handler of ctrl-C."""
-    interrupt = signal.getsignal(signal.SIGINT)
-    while True:
-        try:
-            for number in (signal.SIGINT, *SIGNALS):
-                signal.signal(number, signal.SIG_IGN)
-            return interrupt
-        except (KeyboardInterrupt, Terminated):
-            continue
+def _end(number: int, _: FrameType | None) -> None:
+    """The handler of all SIGNALS: raises once. Of an impatient user's second signal nothing must come."""
+    _ignore_signals()
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _restore(meter: Meter, original: float, say: Callable[[str], None]) -> None:

@@ -122,8 +122,7 @@ class Output:
             return
         if not (tail.startswith(START) or START.startswith(tail)):
             raise self._foreign("its last line is none that onekernel wrote")
-        with contextlib.suppress(ValueError):  # usually it is cut somewhere
-            json.loads(tail)
+        if _is_json(tail):  # usually it is cut somewhere
             self._identify(tail, "its last line")
         os.ftruncate(self._file, complete)
         os.fsync(self._file)
@@ -163,6 +162,14 @@ def is_failure(result: Mapping[str, Any]) -> bool:
     """Whether a line of the output tells of an error."""
     response = result.get("response")
     return not isinstance(response, Mapping) or response.get("status_code") != 200
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _encode(result: Mapping[str, Any]) -> bytes:

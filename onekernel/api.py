@@ -14,13 +14,12 @@ from onekernel.checkpoint import hub
 from onekernel.checkpoint.shape import Shape
 from onekernel.engine import Engine, Session
 from onekernel.errors import InvalidRequest
-from onekernel.many import generate_many
+from onekernel.many import MAX_CONCURRENT, generate_many
 from onekernel.sampling.params import SamplingParams
 from onekernel.stream import AsyncStream, Completion, Stream
 from onekernel.text.chat_template import ChatTemplate
 from onekernel.text.tokenizer import Tokenizer
 
-MAX_CONCURRENT = 4  # prompts of `generate_many`: each holds a state while it runs
 DEFAULT_MAX_TOKENS = 256  # of `generate`: plain text need not come to an end by itself, unlike the answer in a chat
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as in the chat template of the model

@@ -15,6 +15,8 @@ from onekernel.text.answer import AnswerParser
 from onekernel.text.tokenizer import Tokenizer
 from onekernel.text.tool_calls import Text
 
+MAX_CONCURRENT = 4  # prompts: enough that the engine never waits for text or a disk. Each holds a state while it runs
+
 
 class Growing:
     """One answer on its way."""

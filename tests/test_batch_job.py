@@ -286,7 +286,7 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> No
         time.sleep(0.002)
 
 
-PROMPTS = [f"def function_{i}(a, x," for i in range(18)]
+PROMPTS = [f"def function_{i}(a, x," for i in range(30)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
@@ -308,7 +308,7 @@ def test_killed_twice_the_output_is_complete_and_has_each_line_once(files) -> No
     process = job_process(paths)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert f"{kept.count(bytes([10]))} of 18 lines were done before: going on" in errors
+    assert f"{kept.count(bytes([10]))} of 30 lines were done before: going on" in errors
     assert paths[1].read_bytes().startswith(kept)
     with onekernel.api.load("demo", backend="cpu") as model:
         alone = [model.generate(prompt, max_tokens=12, temperature=0).text for prompt in PROMPTS]
@@ -326,8 +326,8 @@ def test_ctrl_c_exits_130_and_the_job_goes_on_later(files) -> None:
     assert "Traceback" not in errors
     done = len(results(paths[1]))
     assert 2 <= done < len(PROMPTS)
-    assert f"{done} of 18 lines are done: the same command goes on there" in errors
+    assert f"{done} of 30 lines are done: the same command goes on there" in errors
     process = job_process(paths)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert sorted(results(paths[1])) == list(range(1, 19))
+    assert sorted(results(paths[1])) == list(range(1, 31))

@@ -134,6 +134,12 @@ def test_half_a_surrogate_pair_is_written_as_json_has_it(tmp_path) -> None:
     assert json.loads(file.read_bytes())["custom_id"] == "\ud800"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other devices")
+def test_a_device_is_no_output() -> None:
+    with pytest.raises(InvalidRequest, match="is no regular file"):
+        Output(Path(os.devnull), "demo", DIGESTS)
+
+
 def test_a_folder_is_no_output(tmp_path) -> None:
     with pytest.raises(OutputFailed, match="cannot be opened"):
         Output(tmp_path, "demo", DIGESTS)

@@ -14,6 +14,7 @@ from onekernel.api import Model
 from onekernel.batch.lines import CHAT, Line, read_lines
 from onekernel.batch.output import Output, is_failure
 from onekernel.errors import BackendError, InvalidRequest, OnekernelError
+from onekernel.many import MAX_CONCURRENT
 from onekernel.scheduler import ShuttingDown
 from onekernel.server import chat_completions, chat_reply, completions
 from onekernel.server.body import Fields, convert
@@ -23,7 +24,6 @@ from onekernel.server.errors import RequestError, as_request_error, openai_body
 from onekernel.server.service import Answer, Service
 from onekernel.server.settings import Settings
 
-MAX_CONCURRENT = 4  # lines: enough that the engine never waits for text to be tokenized or a disk to write
 TICK_S = 0.2  # between two reports
 ENOUGH_TOLD = 20  # failures that are told one by one
 T = TypeVar("T", bound=Fields)
@@ -155,8 +155,9 @@ class Job:
             while pending:
                 ended, pending = await asyncio.wait(pending, timeout=TICK_S, return_when=asyncio.FIRST_EXCEPTION)
                 report(self.progress())
-                for worker in ended:
-                    worker.result()
+                errors = [error for worker in ended if (error := worker.exception()) is not None]
+                if errors:
+                    raise errors[0]
         finally:
             for worker in pending:
                 worker.cancel()
@@ -164,6 +165,7 @@ class Job:
 
     async def _work(self, lines: Iterable[Line]) -> None:
         for line in lines:
+            await asyncio.sleep(0)  # lines that need no answer must not keep the report waiting
             result = await self._result(line)
             self._output.add(line.number, result, () if line.problem else ignored_fields(line))
             if is_failure(result) and line.problem is None and len(self._problems) < ENOUGH_TOLD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ class Output:
         """Open the file, or make it.
 
         Args:
-            model: the name of the model that answers.
+            model: that answers, as the user named it.
             digests: of the lines of the input, by their number.
 
         Raises:
-            InvalidRequest: the file holds something else than answers of this model to this input. It is left alone.
+            InvalidRequest: the file is no file, or holds something else than answers of this model to this input. It is left alone.
             OutputFailed: the file cannot be opened, or another process holds it.
         """
         self.done: set[int] = set()
@@ -52,6 +53,8 @@ class Output:
         except OSError as error:
             raise OutputFailed(f"the output {path} cannot be opened: {error.strerror or error}") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise InvalidRequest(f"the output {path} is no regular file, so a job could not go on from it")
             self._lock()
             self._read()
             if new:

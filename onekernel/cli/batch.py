@@ -20,6 +20,7 @@ EXAMPLES = (
     "onekernel batch requests.jsonl -o answers.jsonl --model Qwen/Qwen3.5-0.8B",
     "onekernel batch prompts.jsonl -o answers.jsonl --max-tokens 100 --temperature 0",
 )
+MEMORY_S = 600.0  # the speed of the last ten minutes tells the time left: a line may take one of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     plain = plain_options(arguments)
     from onekernel.batch import job
     from onekernel.batch.output import Output
+    from onekernel.many import MAX_CONCURRENT
 
     # All that is wrong with the files is found before a model is downloaded and loaded.
     plan = job.make_plan(arguments.input, plain)
@@ -52,20 +54,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidRequest(f"the output {arguments.output} is the input: choose another file")
     name = options.short_name(arguments.model)
     total = len(plan.digests)
-    with Output(arguments.output, name, plan.digests) as output:
+    # The whole name, not the short one: models/1/final and models/2/final are two models.
+    with Output(arguments.output, arguments.model, plan.digests) as output:
         if len(output.done) == total:
             print(f"all {total} lines were done before, {output.failed} of them failed", file=sys.stderr)
             return 1 if output.failed else 0
         if output.done:
             print(f"{len(output.done)} of {total} lines were done before: going on", file=sys.stderr)
         _tell(plan.problems)
-        concurrent = arguments.max_concurrent or job.MAX_CONCURRENT
-        try:
-            with options.load_model(arguments) as model, progress_bar(total, len(output.done)) as show:
-                progress = job.run(model, name, plan, output, show, concurrent)
-        except BaseException:
-            print(f"\n{len(output.done)} of {total} lines are done: the same command goes on there", file=sys.stderr)
-            raise
+        concurrent = arguments.max_concurrent or MAX_CONCURRENT
+        with options.load_model(arguments) as model:
+            try:
+                with progress_bar(total, len(output.done)) as show:
+                    progress = job.run(model, name, plan, output, show, concurrent)
+            except BaseException:
+                print(f"{len(output.done)} of {total} lines are done: the same command goes on there", file=sys.stderr)
+                raise
     _tell(progress.problems)
     print(statistics(progress), file=sys.stderr)
     return 1 if progress.failed else 0
@@ -96,7 +100,9 @@ def progress_bar(total: int, done: int) -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[failed]}"),
     )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=MEMORY_S
+    ) as bar:
         task = bar.add_task("", total=total, completed=done, rate=0.0, failed="")
 
         def show(progress: Progress) -> None:

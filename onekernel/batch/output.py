@@ -39,8 +39,8 @@ class Output:
             digests: of the lines of the input, by their number.
 
         Raises:
-            InvalidRequest: the file is a device, or holds something else than answers of this model to this input. It is
-                left alone.
+            InvalidRequest: the file is a device, or holds something else than answers of this model to this input. It
+                is left alone.
             OutputFailed: the file cannot be opened, or another process holds it.
         """
         self.done: set[int] = set()

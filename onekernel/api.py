@@ -14,6 +14,7 @@ from onekernel.checkpoint import hub
 from onekernel.checkpoint.shape import Shape
 from onekernel.engine import Engine, Session
 from onekernel.errors import InvalidRequest
+from onekernel.many import MAX_CONCURRENT, generate_many
 from onekernel.sampling.params import SamplingParams
 from onekernel.stream import AsyncStream, Completion, Stream
 from onekernel.text.chat_template import ChatTemplate
@@ -115,6 +116,42 @@ class Model:
             TypeError: an unknown option.
         """
         return _drain(self.stream(prompt, sampling, max_tokens=max_tokens, stop=stop, **options))
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        stop: str | Sequence[str] = (),
+        max_concurrent: int = MAX_CONCURRENT,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Completion]:
+        """Continue each of `prompts` as `generate` would, several at a time. A common beginning is read once.
+
+        Args:
+            max_concurrent: prompts that share the engine at a time.
+            prompts, sampling, max_tokens, stop, options: as in `generate`. A seed counts for each prompt by itself.
+
+        Returns:
+            The completions in the order of the prompts.
+
+        Raises:
+            InvalidRequest: as `generate`; names the prompt. Then none is answered.
+            TypeError: an unknown option, or one text instead of a list.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of texts or of token ids: for one text there is `generate`")
+        return generate_many(
+            self.engine,
+            self.tokenizer,
+            [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+            self._sampling(sampling, options),
+            max_tokens,
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            self.stop_tokens,
+            max_concurrent,
+        )
 
     def stream(
         self,

@@ -17,9 +17,10 @@ LAYERS = (
     ("backend",),
     ("engine", "text"),
     ("scheduler", "stream"),
+    ("many",),
     ("api",),
     ("conversation", "launch", "server"),
-    ("bench", "probe"),
+    ("batch", "bench", "probe"),
     ("cli",),
     ("__main__",),
 )

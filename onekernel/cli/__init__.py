@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import onekernel
-from onekernel.cli import bench, chat, compile, doctor, generate, launch, models, perplexity, probe, pull, serve
+from onekernel.cli import batch, bench, chat, compile, doctor, generate, launch, models, perplexity, probe, pull, serve
 from onekernel.cli.options import INTERRUPTED
 from onekernel.errors import OnekernelError
 
@@ -19,6 +19,7 @@ from onekernel.errors import OnekernelError
 VERBS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
+    "batch": batch,
     "serve": serve,
     "launch": launch,
     "probe": probe,

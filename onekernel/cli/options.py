@@ -56,6 +56,11 @@ def load_model(arguments: argparse.Namespace) -> Model:
         )
 
 
+def short_name(model: str) -> str:
+    """What the APIs call the model that --model names."""
+    return model.rstrip("/").split("/")[-1]
+
+
 def add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=SERVER, metavar="URL", help=f"the address of the server (default {SERVER})")
     parser.add_argument("--key", metavar="KEY", help="an API key of the server, if it wants one")
@@ -87,8 +92,9 @@ def exit_at_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, logprobs: bool = True) -> None:
-    group = parser.add_argument_group("sampling", "What is not given comes from the model's generation_config.json.")
+def add_sampling(parser: argparse.ArgumentParser, *, logprobs: bool = True, note: str = "") -> None:
+    text = "What is not given comes from the model's generation_config.json."
+    group = parser.add_argument_group("sampling", f"{note} {text}".strip())
     for name, kind, metavar, text in SAMPLING:
         if name == "logprobs" and not logprobs:
             continue

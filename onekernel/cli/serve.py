@@ -69,7 +69,7 @@ def to_settings(arguments: argparse.Namespace) -> Settings:
         "grace_s": arguments.grace,
     }
     return Settings(
-        model_name=arguments.name or arguments.model.rstrip("/").split("/")[-1],
+        model_name=arguments.name or options.short_name(arguments.model),
         host=arguments.host,
         port=arguments.port,
         keys=keys,

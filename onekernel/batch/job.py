@@ -1,0 +1,220 @@
+"""A batch job: the lines of the input go through the same parsing, scheduler and replies as requests to the server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onekernel.api import Model
+from onekernel.batch.lines import CHAT, Line, read_lines
+from onekernel.batch.output import Output, is_failure
+from onekernel.errors import BackendError, InvalidRequest, OnekernelError
+from onekernel.many import MAX_CONCURRENT
+from onekernel.scheduler import ShuttingDown
+from onekernel.server import chat_completions, chat_reply, completions
+from onekernel.server.body import Fields, convert
+from onekernel.server.chat_completions import ChatFields
+from onekernel.server.completions import CompletionFields
+from onekernel.server.errors import RequestError, as_request_error, openai_body
+from onekernel.server.service import Answer, Service
+from onekernel.server.settings import Settings
+
+TICK_S = 0.2  # between two reports
+ENOUGH_TOLD = 20  # failures that are told one by one
+T = TypeVar("T", bound=Fields)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an input holds, found out before the model is loaded.
+
+    Attributes:
+        digests: of the lines, by their number.
+        problems: "line N: ..." for the lines that are no requests.
+    """
+
+    path: Path
+    options: Mapping[str, Any]
+    digests: dict[int, str]
+    problems: list[str]
+
+    def lines(self, done: set[int]) -> Iterator[Line]:
+        """Those not done, read again, so that a large file is never in memory.
+
+        Raises:
+            InvalidRequest: the file is not what it was.
+        """
+        for line in read_lines(self.path, self.options):
+            if self.digests.get(line.number) != line.digest:
+                raise InvalidRequest(f"line {line.number} of {self.path} was changed while the job ran")
+            if line.number not in done:
+                yield line
+
+
+@dataclass
+class Progress:
+    """Attributes:
+    total, done, failed: lines; `done` counts those that failed, and those of earlier runs, too.
+    completion_tokens: made by this run so far.
+    seconds: that this run has taken.
+    problems: "line N: ..." for the first requests that failed in this run.
+    """
+
+    total: int
+    done: int
+    failed: int
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
+
+
+def make_plan(path: Path, options: Mapping[str, Any]) -> Plan:
+    """Read the whole input once.
+
+    Args:
+        options: see read_lines.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is empty.
+    """
+    digests, problems = {}, []
+    for line in read_lines(path, options):
+        digests[line.number] = line.digest
+        if line.problem is not None:
+            problems.append(f"line {line.number}: {line.problem}")
+    if not digests:
+        raise InvalidRequest(f"the input {path} holds no lines: write one request or prompt a line")
+    return Plan(path, options, digests, problems)
+
+
+def run(
+    model: Model,
+    name: str,
+    plan: Plan,
+    output: Output,
+    report: Callable[[Progress], None],
+    max_concurrent: int = MAX_CONCURRENT,
+) -> Progress:
+    """Answer all lines that `output` has no answer to. Ctrl-C ends it within a few tokens (KeyboardInterrupt).
+
+    Args:
+        name: of the model, as the answers give it.
+        report: called a few times a second, and at the end.
+        max_concurrent: lines that are worked on at a time.
+
+    Raises:
+        BackendError: the engine failed. The lines that it was working on are not answered, and come again next time.
+        OutputFailed, InvalidRequest: see Output.add and Plan.lines.
+    """
+    # A line that asks for several choices submits them all at once: the queue has room for them.
+    waiting = max_concurrent * Settings.most_choices
+    service = Service(model, Settings(model_name=name, most_running=max_concurrent, most_waiting=waiting))
+    try:
+        job = Job(service, output, len(plan.digests))
+        asyncio.run(job.run(plan.lines(output.done), max_concurrent, report))
+        return job.progress()
+    finally:
+        service.close()
+
+
+class Job:
+    """One run over what is left of an input."""
+
+    def __init__(self, service: Service, output: Output, total: int) -> None:
+        self._service = service
+        self._output = output
+        self._total = total
+        self._started_at = time.perf_counter()
+        self._tokens = 0  # of the lines that are done
+        self._running: list[Answer] = []
+        self._problems: list[str] = []
+
+    def progress(self) -> Progress:
+        return Progress(
+            self._total,
+            len(self._output.done),
+            self._output.failed,
+            self._tokens + sum(answer.completion_tokens for answer in self._running),
+            time.perf_counter() - self._started_at,
+            self._problems,
+        )
+
+    async def run(self, lines: Iterator[Line], workers: int, report: Callable[[Progress], None]) -> None:
+        """Each worker takes the next line when it has written its last one."""
+        pending = {asyncio.ensure_future(self._work(lines)) for _ in range(workers)}
+        try:
+            while pending:
+                ended, pending = await asyncio.wait(pending, timeout=TICK_S, return_when=asyncio.FIRST_EXCEPTION)
+                report(self.progress())
+                errors = [error for worker in ended if (error := worker.exception()) is not None]
+                if errors:
+                    raise errors[0]
+        finally:
+            for worker in pending:
+                worker.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def _work(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            await asyncio.sleep(0)  # lines that need no answer must not keep the report waiting
+            result = await self._result(line)
+            self._output.add(line.number, result, () if line.problem else ignored_fields(line))
+            if is_failure(result) and line.problem is None and len(self._problems) < ENOUGH_TOLD:
+                self._problems.append(f"line {line.number}: {result['response']['body']['error']['message']}")
+
+    async def _result(self, line: Line) -> dict[str, Any]:
+        head = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id}
+        if line.problem is not None:
+            message = f"line {line.number}: {line.problem}"
+            return {**head, "response": None, "error": {"code": "invalid_line", "message": message}}
+        try:
+            status, body = 200, await self._answer(line)
+        except (BackendError, ShuttingDown):  # nothing is wrong with the line: it has its turn at the next start
+            raise
+        except OnekernelError as error:
+            told = as_request_error(error)
+            status, body = told.status, openai_body(told)
+        response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
+        return {**head, "response": response, "error": None}
+
+    async def _answer(self, line: Line) -> dict[str, Any]:
+        """The body of the response. Raises OnekernelError."""
+        reply: chat_reply.Reply | completions.Reply
+        if line.url == CHAT:
+            chat = _fields(line, ChatFields)
+            answers = self._service.answers(await chat_completions.to_asks(self._service, chat))
+            reply = chat_reply.Reply(self._service, answers, logprobs=bool(chat.logprobs), include_usage=False)
+        else:
+            fields = _fields(line, CompletionFields)
+            asks, texts = await completions.to_asks(self._service, fields)
+            answers = self._service.answers(asks)
+            reply = completions.Reply(self._service, fields, answers, texts)
+        self._running += answers
+        try:
+            return await reply.whole()
+        finally:
+            for answer in answers:
+                answer.cancel()
+                self._running.remove(answer)
+                self._tokens += answer.completion_tokens
+
+
+def ignored_fields(line: Line) -> list[str]:
+    """Fields of the body that its API does not know: other fields of a data set, or a slip of the pen."""
+    known = (ChatFields if line.url == CHAT else CompletionFields).__struct_encode_fields__
+    return [name for name in line.body if name not in known]
+
+
+def _fields(line: Line, kind: type[T]) -> T:
+    if line.body.get("stream"):
+        raise RequestError("stream: an answer in a file comes whole: leave it out", parameter="stream")
+    return convert(line.body, kind)

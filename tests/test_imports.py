@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "onekernel"
 # From the bottom up. Those in one row do not import each other.
 LAYERS = (
-    ("errors",),
+    ("cache", "errors"),
     ("sampling",),
     ("checkpoint",),
     ("gpu", "reference"),

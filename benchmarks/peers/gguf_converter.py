@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from onekernel.checkpoint.random_weights import cache_folder, fingerprint
+from onekernel.cache import cache_folder
+from onekernel.checkpoint.random_weights import fingerprint
 from onekernel.checkpoint.safetensors import Tensor
 from onekernel.checkpoint.shape import LINEAR, Shape
 from onekernel.checkpoint.weights import Weights, load_weights
@@ -34,7 +35,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of token
 
 def converted(folder: Path, kind: str) -> Path:
     """The GGUF file of a checkpoint, written to the cache on first use."""
-    path = cache_folder() / "gguf" / f"{fingerprint(folder)[:24]}-{kind}.gguf"
+    path = cache_folder("checkpoints") / "gguf" / f"{fingerprint(folder)[:24]}-{kind}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from onekernel.cache import cache_folder
 from onekernel.checkpoint.hub import demo_folder
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.sizes import SIZES, VOCABULARY_SIZE
@@ -49,23 +49,12 @@ def random_checkpoint(name: str, report: Callable[[str], None] | None = None) ->
     size = name.removeprefix(PREFIX).lower()
     if size not in SIZES:
         raise InvalidRequest(f"checkpoint = {name!r} is unknown: choose one of {', '.join(PREFIX + s for s in SIZES)}")
-    folder = cache_folder() / f"random-{size}-v{VERSION}"
+    folder = cache_folder("checkpoints") / f"random-{size}-v{VERSION}"
     if not (folder / "config.json").is_file():  # written last
         if report is not None:
             report(f"writing the checkpoint {name} to {folder} (once)")
         write_random(folder, config(SIZES[size]), VOCABULARY_SIZE)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where random checkpoints are kept: ONEKERNEL_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("ONEKERNEL_CACHE"):
-        return Path(chosen).expanduser() / "checkpoints"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "onekernel" / "checkpoints"
 
 
 def config(shape: Shape) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--checkpoint",
+        "--model",
         default="demo",
         metavar="MODEL",
         help="demo (the default), a folder, a hub name, or random:0.8b, 2b, 4b, 9b, 27b: true shapes, random weights",

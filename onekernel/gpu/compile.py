@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from onekernel.cache import cache_folder
 from onekernel.errors import BackendError, InvalidRequest
 
 ARCHITECTURES = (
@@ -39,17 +40,6 @@ class Resources:
     spill_loads: int
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ONEKERNEL_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("ONEKERNEL_CACHE"):
-        return Path(chosen).expanduser() / "kernels"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "onekernel" / "kernels"
-
-
 def compile_cached(source: str, arch: str, name: str) -> bytes:
     """The cubin of `source` for `arch`, from the cache or compiled now (then one line on stderr says so).
 
@@ -70,7 +60,7 @@ def compile_cached(source: str, arch: str, name: str) -> bytes:
 def cache_path(source: str, arch: str) -> Path:
     """The file in the cache that the cubin of `source` for `arch` has or would have."""
     key = hashlib.sha256(f"{arch}\0{compiler_version()}\0{source}".encode()).hexdigest()
-    return cache_folder() / f"{key}.cubin"
+    return cache_folder("kernels") / f"{key}.cubin"
 
 
 def compile_source(source: str, arch: str, name: str) -> tuple[bytes, Resources]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from onekernel.cache import cache_folder
 from onekernel.errors import BackendError
-from onekernel.gpu.compile import ARCHITECTURES, cache_folder
+from onekernel.gpu.compile import ARCHITECTURES
 from onekernel.gpu.driver import check, text_in
 
 LEAST_DRIVER = 13000  # CUDA version a driver must support; driver 580 is the first of them
@@ -117,7 +118,7 @@ def describe() -> dict[str, Any]:
         nvrtc: str | None = version("nvidia-cuda-nvrtc")
     except PackageNotFoundError:
         nvrtc = None
-    compiler = {"nvrtc": nvrtc, "kernel_cache": str(cache_folder())}
+    compiler = {"nvrtc": nvrtc, "kernel_cache": str(cache_folder("kernels"))}
     try:
         gpu = find_gpu()
     except BackendError as error:

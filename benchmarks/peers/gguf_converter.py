@@ -29,7 +29,6 @@ from onekernel.checkpoint.weights import Weights, load_weights
 from onekernel.text.tokenizer import Tokenizer
 
 ARCHITECTURE = "qwen35"
-TYPES = ("bf16", "q8_0", "q4_0")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 
 

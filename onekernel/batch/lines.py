@@ -94,7 +94,7 @@ def _decode(content: bytes) -> Any:
     except RecursionError:
         raise LineProblem("it is nested too deeply") from None
     except ValueError as error:
-        raise LineProblem(f"it is not valid JSON: {error}") from None
+        raise LineProblem(f"it is not valid JSON: {error}; a plain prompt is a JSON string, in quotes") from None
 
 
 def _name(given: Any, number: int, names: dict[str, int]) -> str:

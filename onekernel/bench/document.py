@@ -20,8 +20,6 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.errors import CheckpointError, InvalidRequest
 
 FORMAT, VERSION = "onekernel-bench", 1
-WEIGHT_BYTES = {"bf16": 2.0, "float16": 2.0, "float32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-
 PARTS = ("start", "load", "first", "again")  # of a cold start
 
 Document = dict[str, Any]

@@ -61,13 +61,6 @@ SUITES: dict[str, tuple[Cell, ...]] = {
     "ttft": tuple(Cell(PREFILL, length) for length in FIRST_TOKEN),
     "cold": (Cell(COLD_START, 64),),
 }
-SUITE_SUMMARIES = {
-    "standard": "pp520 and tg128 after it: the figures that people quote",
-    "context": f"tg{GENERATED} after {', '.join(f'{c:,}' for c in CONTEXTS)} tokens",
-    "prompt": f"prompts of {', '.join(f'{n:,}' for n in PROMPTS)} tokens",
-    "ttft": f"time to the first token for prompts of {', '.join(f'{n:,}' for n in FIRST_TOKEN)} tokens",
-    "cold": "from the start of the process to the first token",
-}
 
 
 def cells_of(suites: Sequence[str]) -> list[Cell]:

@@ -23,6 +23,10 @@ EXAMPLES = (
     "onekernel bench report benchmarks/results/*.json --html report.html",
     "onekernel bench compare before.json after.json",
 )
+SUITES = (
+    "standard (pp520, tg128), context (tg128 after 0 to 131,072 tokens), prompt and ttft (prompts of 16 to 32,768 "
+    "tokens), cold (from the start of the process to the first token)"
+)
 REFRESH = 4  # a second
 
 
@@ -38,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="demo (the default), a folder, a hub name, or random:0.8b, 2b, 4b, 9b, 27b: true shapes, random weights",
     )
     run.add_argument("--backend", default="auto", choices=("auto", "cpu", "cuda"), help="the device to measure on")
-    run.add_argument("--suite", default="standard", metavar="A,B", help="standard, context, prompt, ttft, cold")
+    run.add_argument("--suite", default="standard", metavar="A,B", help=SUITES)
     run.add_argument("--engines", metavar="A,B", help="which to measure; those that are not installed say so")
     run.add_argument("--repetitions", type=int, default=5, metavar="N", help="samples of each figure; at least 5")
     run.add_argument("--energy", type=float, default=10.0, metavar="S", help="seconds of an energy window; 0: none")

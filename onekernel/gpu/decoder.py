@@ -34,7 +34,6 @@ MOST_GIVEN = 4096  # tokens of a prompt in one launch
 FIRST_CAPACITY = 4096  # positions that a new state's KV cache has room for
 SPIN_LIMIT = 2_000_000_000  # nanoseconds
 CONSUMED, REPORT, CANCEL = OUTPUT_RING, OUTPUT_RING + 1, OUTPUT_RING + 2  # words of the mapped memory
-ENDED = 1 << 63
 POLL = 20e-6  # seconds
 
 

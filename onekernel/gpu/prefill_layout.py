@@ -131,7 +131,7 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
     rows = []
     for matrix in tape.matrices(shape):
         rows.append(at.copy())
-        at += tape._share_bytes(matrix, blocks)
+        at += tape.share_bytes(matrix, blocks)
     return np.stack(rows)
 
 

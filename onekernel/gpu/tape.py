@@ -64,7 +64,7 @@ def plan(shape: Shape, blocks: int) -> Tape:
     sizes = np.zeros((blocks,), np.int64)
     for matrix in matrices(shape):
         head = sizes.copy()  # the LM head comes last
-        sizes += _share_bytes(matrix, blocks)
+        sizes += share_bytes(matrix, blocks)
     return Tape(sizes.cumsum() - sizes, head, int(sizes.sum()))
 
 
@@ -113,7 +113,8 @@ def pack_matrix(bits: Bits) -> np.ndarray:
     return packed.view(np.uint8)
 
 
-def _share_bytes(matrix: Matrix, blocks: int) -> np.ndarray:
+def share_bytes(matrix: Matrix, blocks: int) -> np.ndarray:
+    """int64 [blocks]: bytes of each block's part of a matrix."""
     groups = -(-matrix.rows // ROW_GROUP)
     first = np.array([first_group(groups, block, blocks) for block in range(blocks + 1)], np.int64)
     return np.diff(first) * ROW_GROUP * matrix.columns * 2

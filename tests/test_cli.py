@@ -97,6 +97,7 @@ def test_every_sampling_flag_reaches_the_parameters(make_model, loaded, capsys, 
         (["generate", "x", "--max-token=3"], "unknown option --max-token: did you mean '--max-tokens'?"),
         (["generate", "two", "words"], "one argument too many: 'words' (quote a text that holds spaces)"),
         (["chat", "--logprobs", "3"], "unknown option --logprobs"),
+        (["chat", "--json"], "unknown option --json\n"),  # and not: did you mean '--stop'?
         (["--verison"], "unknown option --verison: did you mean '--version'?"),
         (["generate", "x", "--max-tokens", "0"], "argument --max-tokens: '0' is not a number of at least 1"),
         (["chat", "--max-context", "few"], "argument --max-context: 'few' is not a number of at least 1"),

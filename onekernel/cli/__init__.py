@@ -131,8 +131,10 @@ def _check_verb(parser: Parser, verb: str) -> None:
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f": did you mean {close[0]!r}?" if close else ""
+    # Without their dashes: all options have those in common.
+    names = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(word.lstrip("-"), names, 1)
+    return f": did you mean {names[close[0]]!r}?" if close else ""
 
 
 def _forgive_encodings() -> None:

@@ -101,15 +101,7 @@ async def to_asks(service: Service, fields: ChatFields) -> list[Ask]:
     sampling = options.sampling(
         service,
         {
-            "temperature": fields.temperature,
-            "top_p": fields.top_p,
-            "top_k": None if fields.top_k is None else max(0, fields.top_k),  # -1 is "all" in other servers
-            "min_p": fields.min_p,
-            "presence_penalty": fields.presence_penalty,
-            "frequency_penalty": fields.frequency_penalty,
-            "repetition_penalty": fields.repetition_penalty,
-            "logit_bias": options.logit_bias(service, fields.logit_bias),
-            "seed": fields.seed,
+            **options.openai_sampling(service, fields),
             "logprobs": (fields.top_logprobs or 0) if fields.logprobs else None,
         },
         {"logprobs": "top_logprobs"},

@@ -90,21 +90,7 @@ async def to_asks(service: Service, fields: CompletionFields) -> tuple[list[Ask]
     if fields.structured_outputs:
         like_chat = chat_completions.ChatFields(messages=[], structured_outputs=fields.structured_outputs)
         grammar = await asyncio.to_thread(chat_completions.output_grammar, service, like_chat)
-    sampling = options.sampling(
-        service,
-        {
-            "temperature": fields.temperature,
-            "top_p": fields.top_p,
-            "top_k": None if fields.top_k is None else max(0, fields.top_k),
-            "min_p": fields.min_p,
-            "presence_penalty": fields.presence_penalty,
-            "frequency_penalty": fields.frequency_penalty,
-            "repetition_penalty": fields.repetition_penalty,
-            "logit_bias": options.logit_bias(service, fields.logit_bias),
-            "seed": fields.seed,
-            "logprobs": fields.logprobs,
-        },
-    )
+    sampling = options.sampling(service, {**options.openai_sampling(service, fields), "logprobs": fields.logprobs})
     limit = options.most_tokens(fields.max_tokens, "max_tokens")
     seeds = options.seeds(fields.seed, count) if count > 1 else [sampling.seed]
     asks, texts = [], []

@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from onekernel.errors import InvalidRequest
 from onekernel.sampling.params import SamplingParams
@@ -71,6 +71,35 @@ def sampling(service: Service, given: Mapping[str, Any], names: Mapping[str, str
         field = str(error).split(" ", 1)[0].split("[", 1)[0]
         field = (names or {}).get(field, field)
         raise RequestError(str(error), parameter=field) from None
+
+
+class OpenAIFields(Protocol):
+    """What OpenAI's chat completions and completions ask of sampling in the same words."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: dict[str, float] | None
+    seed: int | None
+
+
+def openai_sampling(service: Service, fields: OpenAIFields) -> dict[str, Any]:
+    """These fields for `sampling`. Raises RequestError: a key of logit_bias is no token id."""
+    return {
+        "temperature": fields.temperature,
+        "top_p": fields.top_p,
+        "top_k": None if fields.top_k is None else max(0, fields.top_k),  # -1 is "all" in other servers
+        "min_p": fields.min_p,
+        "presence_penalty": fields.presence_penalty,
+        "frequency_penalty": fields.frequency_penalty,
+        "repetition_penalty": fields.repetition_penalty,
+        "logit_bias": logit_bias(service, fields.logit_bias),
+        "seed": fields.seed,
+    }
 
 
 def seeds(first: int | None, count: int) -> list[int]:

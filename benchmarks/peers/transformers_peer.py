@@ -25,6 +25,11 @@ class TransformersPeer:
         elif importlib.util.find_spec("fla") is None:
             raise Unavailable("flash-linear-attention is not installed (pip install flash-linear-attention)")
         try:
+            if use_fla:
+                import fla  # noqa: F401  # transformers imports it too, and hides why it cannot
+        except Exception as error:
+            raise Unavailable(f"flash-linear-attention cannot be imported ({type(error).__name__}: {error})") from error
+        try:
             import torch
             import transformers
             import transformers.models.qwen3_5

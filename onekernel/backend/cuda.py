@@ -103,6 +103,11 @@ class CudaBackend(StepwiseBackend[State]):
         self._decoder.gpu.make_current()
         return self._decoder
 
+    @property
+    def device_seconds(self) -> float:
+        """GPU time of all launches so far, of both kernels."""
+        return self.decoder.clock.seconds
+
     def new_state(self) -> State:
         return self.decoder.new_state()
 

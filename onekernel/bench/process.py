@@ -30,18 +30,24 @@ class EngineProcess:
     """Start a worker (protocol.serve) and ask it. Use as a context manager."""
 
     def __init__(
-        self, command: Sequence[str], *, timeout: float = 900, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        *,
+        timeout: float = 900,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
         """Args:
             command: the worker's command line.
             timeout: seconds that one answer may take.
             environment: variables to set in the worker.
+            log: a file to which what the worker writes to stderr is appended; None keeps it only while it runs.
 
         Raises:
             EngineFailed: it did not start.
         """
         self.timeout = timeout
-        self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (closed by close)
+        self._errors = tempfile.TemporaryFile("w+b") if log is None else log.open("a+b")  # closed by close
         self._folder = tempfile.TemporaryDirectory(prefix="onekernel-bench-")
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ class Plan:
         device: "cpu" or "cuda".
         energy_s: seconds of an energy window; 0 leaves energy out.
         gate_tokens: length of the sequence of the correctness gate; 0 leaves it out.
+        warm_ups: untimed passes of every cell, at least 1.
         pythons: engine name -> interpreter to run its adapter with.
+        logs: a folder for what each engine's processes write to stderr; None keeps nothing.
     """
 
     checkpoint: str
@@ -52,8 +55,10 @@ class Plan:
     repetitions: int = workload.LEAST_REPETITIONS
     energy_s: float = 10.0
     gate_tokens: int = workload.GATE_TOKENS
+    warm_ups: int = WARM_UPS
     pythons: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = ()
+    logs: Path | None = None
 
 
 @dataclass
@@ -79,22 +84,27 @@ def run(plan: Plan, listener: Listener | None = None, meter: Meter | None = None
         raise InvalidRequest(
             f"repetitions = {plan.repetitions}: at least {workload.LEAST_REPETITIONS} are needed to know the noise"
         )
+    if plan.warm_ups < 1:
+        raise InvalidRequest(f"warm_ups = {plan.warm_ups}: the first pass of anything measures its compilers and caches")
     shape = Shape.load(plan.folder)
     vocabulary = Tokenizer.load(plan.folder).size
     listener.stage("measuring the limit of this machine")
     limit = measure_limit(plan.device)
     found = begin(plan, shape, vocabulary, limit)
     listener.updated(found)
-    if meter is not None and plan.energy_s:
-        listener.stage(f"idle power, over {plan.energy_s:g} s")
-        found["idle"] = idle_power(meter, plan.energy_s)
     oracle = None
-    if plan.gate_tokens:
-        listener.stage(f"the float32 reference, over {plan.gate_tokens} tokens")
-        start = time.perf_counter()
-        tokens = workload.prompt(plan.gate_tokens, 0, vocabulary)
-        oracle = consult(load_weights(plan.folder, shape), shape, tokens)
-        found["workload"]["oracle_s"] = time.perf_counter() - start
+    with ThreadPoolExecutor(1) as beside:  # the reference needs no GPU, and idle power nothing else
+        if plan.gate_tokens:
+            listener.stage(f"the float32 reference, over {plan.gate_tokens} tokens")
+            start = time.perf_counter()
+            tokens = workload.prompt(plan.gate_tokens, 0, vocabulary)
+            reference = beside.submit(consult, load_weights(plan.folder, shape), shape, tokens)
+        if meter is not None and plan.energy_s:
+            listener.stage(f"idle power, over {plan.energy_s:g} s")
+            found["idle"] = idle_power(meter, plan.energy_s)
+        if plan.gate_tokens:
+            oracle = reference.result()
+            found["workload"]["oracle_s"] = time.perf_counter() - start
     for engine in plan.engines:
         entry = {"name": engine.name, "title": engine.name, "status": MEASURED, "measurements": []}
         found["engines"].append(entry)
@@ -142,7 +152,7 @@ def begin(plan: Plan, shape: Shape, vocabulary: int, limit: Mapping[str, Any]) -
         },
         "workload": {
             "repetitions": plan.repetitions,
-            "warm_ups": WARM_UPS,
+            "warm_ups": plan.warm_ups,
             "energy_s": plan.energy_s,
             "gate_tokens": plan.gate_tokens,
             "vocabulary": vocabulary,
@@ -193,7 +203,8 @@ class _Session:
 
     def _start(self, environment: Mapping[str, str] | None = None) -> EngineProcess:
         command = self.engine.command(self.plan.pythons.get(self.engine.name))
-        return EngineProcess(command, environment=environment)
+        log = None if self.plan.logs is None else self.plan.logs / f"{self.engine.name}.log"
+        return EngineProcess(command, environment=environment, log=log)
 
     def _stage(self, what: str) -> None:
         self.listener.stage(f"{self.engine.name}: {what}")
@@ -220,9 +231,9 @@ class _Session:
         self.entry["measurements"].append(measurement)
         try:
             with Watch(self.meter) as watch:
-                for i in range(-WARM_UPS, self.plan.repetitions):
+                for i in range(-self.plan.warm_ups, self.plan.repetitions):
                     self._stage(f"{cell.name}, {'warming up' if i < 0 else f'{i + 1} of {self.plan.repetitions}'}")
-                    sample = self._sample(process, cell, i + WARM_UPS)
+                    sample = self._sample(process, cell, i + self.plan.warm_ups)
                     tokens = sample.pop("tokens")
                     if i >= 0:
                         measurement["samples"].append(sample)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from onekernel.bench import gate
 from onekernel.bench.document import Document, Figure, figures, fits_in_cache, limit_of, load_average
+from onekernel.bench.telemetry import LEAST_WINDOW
 from onekernel.bench.workload import COLD_START, DECODE, PREFILL, Cell
 from onekernel.errors import InvalidRequest
 
@@ -98,6 +99,9 @@ def notes(document: Document) -> list[str]:
         lines.append(disturbed)
     if "idle" in document:
         lines.append(f"Idle power: {document['idle']['watts']:.0f} W; tok/J counts all power of the board, idle too.")
+    window = document["workload"].get("energy_s") or LEAST_WINDOW
+    if window < LEAST_WINDOW:
+        lines.append(f"Energy windows of {window:g} s: below {LEAST_WINDOW:g} s tok/J is a rough figure.")
     rounding = [engine["agreement"] for engine in document["engines"] if "agreement" in engine]
     for found in rounding:
         if found.get("kl_rounding") is not None:

@@ -45,11 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--suite", default="standard", metavar="A,B", help=SUITES)
     run.add_argument("--engines", metavar="A,B", help="which to measure; those that are not installed say so")
     run.add_argument("--repetitions", type=int, default=5, metavar="N", help="samples of each figure; at least 5")
+    run.add_argument("--warm-ups", type=int, default=2, metavar="N", help="untimed passes before them; at least 1")
     run.add_argument("--energy", type=float, default=10.0, metavar="S", help="seconds of an energy window; 0: none")
     run.add_argument(
         "--gate-tokens", type=int, default=192, metavar="N", help="tokens of the correctness gate; 0: none"
     )
     run.add_argument("--output", type=Path, metavar="FILE", help="where the JSON document goes")
+    run.add_argument("--logs", type=Path, metavar="FOLDER", help="where to keep what the engines' processes write")
     run.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server, for the engine url")
     run.add_argument("--url-model", metavar="NAME", help="the model's name there; the first that it lists by default")
     run.add_argument("--llama-bench", metavar="PATH", help="a llama-bench binary, for the engine llama-bench")
@@ -120,6 +122,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         if not separator or engine not in ENGINES:
             raise InvalidRequest(f"--peer-python {pair!r} is not ENGINE=PATH with one of {', '.join(ENGINES)}")
         pythons[engine] = path
+    if arguments.logs:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
     names = arguments.engines.split(",") if arguments.engines else list(ENGINES)
     return Plan(
         checkpoint=name,
@@ -130,8 +134,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         repetitions=arguments.repetitions,
         energy_s=arguments.energy,
         gate_tokens=arguments.gate_tokens,
+        warm_ups=arguments.warm_ups,
         pythons=pythons,
         command=["onekernel", *sys.argv[1:]],
+        logs=arguments.logs,
     )
 
 

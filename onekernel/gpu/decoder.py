@@ -13,6 +13,7 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import Weights
 from onekernel.errors import BackendError, NotEnoughMemory
 from onekernel.gpu import parameters, sampling, tape
+from onekernel.gpu.clock import LaunchClock
 from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import LOST, check
 from onekernel.gpu.kernel import DecodeKernel
@@ -111,6 +112,7 @@ class Decoder:
         self.gpu, self.shape, self.layout, self.spin_limit = gpu, shape, layout, spin_limit
         self.kernel = DecodeKernel(gpu, layout)
         self.stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self.clock = LaunchClock(self.stream)
         half = gpu.capability < (8, 0)
         plan = tape.plan(shape, layout.blocks)
         self.tape = DeviceBuffer(plan.nbytes)
@@ -312,7 +314,9 @@ class Decoder:
         check(driver.cuMemcpyHtoDAsync(self.tokens.address, given.ctypes.data, given.nbytes, self.stream))
         check(driver.cuMemsetD8Async(self.exchange.address, 0, self.exchange.nbytes, self.stream))
         check(driver.cuMemsetD8Async(self.candidates.address, 0, self.candidates.nbytes, self.stream))
+        self.clock.begin()
         self.kernel.launch(arguments, self.stream)
+        self.clock.end()
         self._running = True
 
     def _outputs(self, max_tokens: int) -> Iterator[int]:
@@ -359,4 +363,5 @@ class Decoder:
             buffer.free()
         self.sampling.free()
         self.mapped.free()
+        self.clock.close()
         self.kernel.unload()

@@ -163,6 +163,7 @@ class Prefiller:
         check(driver.cuMemcpyHtoDAsync(self.scratch["token_ids"].address, given.ctypes.data, given.nbytes, stream))
         check(driver.cuMemsetD8Async(self.barrier.address, 0, 4, stream))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        decoder.clock.begin()
         check(
             driver.cuLaunchCooperativeKernel(
                 self._function,
@@ -173,6 +174,7 @@ class Prefiller:
                 ctypes.addressof(pointers),
             )
         )
+        decoder.clock.end()
 
     def wait(self) -> None:
         """Until the launches so far are done.

@@ -26,7 +26,7 @@ class TransformersPeer:
             raise Unavailable("flash-linear-attention is not installed (pip install flash-linear-attention)")
         try:
             if use_fla:
-                import fla  # noqa: F401  # transformers imports it too, and hides why it cannot
+                import fla  # transformers imports it too, and hides why it cannot
         except Exception as error:
             raise Unavailable(f"flash-linear-attention cannot be imported ({type(error).__name__}: {error})") from error
         try:

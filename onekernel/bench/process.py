@@ -47,7 +47,7 @@ class EngineProcess:
             EngineFailed: it did not start.
         """
         self.timeout = timeout
-        self._errors = tempfile.TemporaryFile("w+b") if log is None else log.open("a+b")  # closed by close
+        self._errors = tempfile.TemporaryFile("w+b") if log is None else log.open("a+b")  # noqa: SIM115
         self._folder = tempfile.TemporaryDirectory(prefix="onekernel-bench-")
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

@@ -159,6 +159,8 @@ def serve(adapter: Adapter) -> None:
         try:
             answer({"ok": worker.handle(request)})
         except Unavailable as reason:
+            if reason.__cause__ is not None:
+                traceback.print_exc()
             answer({"unavailable": str(reason)})
         except Exception as error:  # of any library: it is told to the other side, with its traceback on stderr
             traceback.print_exc()

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-LIMIT = 500  # seconds for one tool
+LIMIT = float(os.environ.get("ONEKERNEL_SANITIZER_LIMIT", "500"))  # seconds for one tool
 
 TOKENS = """
 import sys

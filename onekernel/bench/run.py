@@ -85,9 +85,7 @@ def run(plan: Plan, listener: Listener | None = None, meter: Meter | None = None
             f"repetitions = {plan.repetitions}: at least {workload.LEAST_REPETITIONS} are needed to know the noise"
         )
     if plan.warm_ups < 1:
-        raise InvalidRequest(
-            f"warm_ups = {plan.warm_ups}: the first pass of anything measures its compilers and caches"
-        )
+        raise InvalidRequest(f"warm_ups = {plan.warm_ups}: the first pass of anything measures compilers and caches")
     shape = Shape.load(plan.folder)
     vocabulary = Tokenizer.load(plan.folder).size
     listener.stage("measuring the limit of this machine")

@@ -4,7 +4,7 @@
     python benchmarks/decode_timeline.py draw benchmarks/decode/timeline.json docs/decode-timeline.svg
 
 `record` compiles the decode kernel with `Layout.timeline`: one warp of each block notes its SM's clock at every mark
-(primitive/timeline.cuh). Clocks of different SMs do not agree, so each block's row begins at its own start of the token.
+(primitive/timeline.cuh). Clocks of different SMs do not agree: a row begins at its block's own start of the token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import itertools
 
 from onekernel.bench import document as documents  # noqa: E402
 from onekernel.bench import machine  # noqa: E402
@@ -103,7 +105,7 @@ def means(rows: list[list[tuple[int, int, int]]], size: str) -> dict[str, dict[s
     kinds = SIZES[size].layer_types
     total: dict[str, dict[str, float]] = {"delta-net layer": {}, "attention layer": {}, "head": {}}
     for row in rows:
-        for (start, _, _), (end, layer, kind) in zip(row, row[1:], strict=False):
+        for (start, _, _), (end, layer, kind) in itertools.pairwise(row):
             part = "head" if layer >= len(kinds) else "attention layer" if kinds[layer] == FULL else "delta-net layer"
             total[part][MARKS[kind]] = total[part].get(MARKS[kind], 0) + end - start
     full = sum(kind == FULL for kind in kinds)
@@ -160,9 +162,7 @@ def draw(document: dict[str, Any]) -> str:
 
 def spans(marks: list[list[int]]) -> list[tuple[int, int, int, str]]:
     """(start, end, layer, mark at the end) between the marks of a block, in clocks."""
-    return [
-        (start, end, layer, MARKS[kind]) for (start, _, _), (end, layer, kind) in zip(marks, marks[1:], strict=False)
-    ]
+    return [(start, end, layer, MARKS[kind]) for (start, _, _), (end, layer, kind) in itertools.pairwise(marks)]
 
 
 def panel(

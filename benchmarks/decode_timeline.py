@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import itertools
 
 from onekernel.bench import document as documents  # noqa: E402
 from onekernel.bench import machine  # noqa: E402

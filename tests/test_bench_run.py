@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -152,6 +153,20 @@ def test_a_cold_start_shows_its_parts(plan: Plan) -> None:
 def test_fewer_repetitions_than_noise_needs_are_refused(plan: Plan) -> None:
     with pytest.raises(InvalidRequest, match="at least 5"):
         run(Plan("demo", plan.folder, "cpu", CELLS, plan.engines, repetitions=4))
+
+
+def test_a_first_pass_is_never_counted(plan: Plan) -> None:
+    with pytest.raises(InvalidRequest, match="warm_ups = 0"):
+        run(Plan("demo", plan.folder, "cpu", CELLS, plan.engines, warm_ups=0))
+
+
+def test_what_an_engine_writes_is_kept_if_asked_for(plan: Plan, tmp_path: Path) -> None:
+    crashing = with_engines(plan, engine(tmp_path, "raises"))
+    found = run(dataclasses.replace(crashing, warm_ups=1, logs=tmp_path))
+    assert found["workload"]["warm_ups"] == 1
+    text = (tmp_path / "raises.log").read_text(encoding="utf-8")
+    assert "Traceback" in text
+    assert "ValueError: out of memory (made up)" in text
 
 
 def test_an_engine_that_hangs_is_ended(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def served(scheduler: Scheduler, *requests: Request) -> list[tuple[Ticket, list[
 def test_greedy_and_sampled_requests_at_the_same_time(model, scheduler) -> None:
     requests = []
     for i, text in enumerate(TEXTS):
-        sampling = SamplingParams() if i % 2 else SamplingParams(temperature=0.8, top_k=20, seed=i, presence_penalty=0.5)
+        sampling = (
+            SamplingParams() if i % 2 else SamplingParams(temperature=0.8, top_k=20, seed=i, presence_penalty=0.5)
+        )
         requests.append(Request(tuple(model.tokenizer.encode(text)), sampling, max_tokens=60 + 40 * i))
     expected = [alone(model.engine, request) for request in requests]
     assert [tokens for _, tokens in served(scheduler, *requests)] == expected

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import markers  # noqa: E402
 
 from onekernel.bench.ceiling import decode_bytes  # noqa: E402
 from onekernel.bench.statistics import median, summarise  # noqa: E402
@@ -93,11 +95,7 @@ def share(document: Document, entry: dict[str, Any]) -> str:
 
 def replace(text: str, document: Document) -> str:
     """`text` with what stands between the markers made anew."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"there is no place for the tables: put the lines {BEGIN} and {END} into it")
-    return f"{before}{BEGIN}\n\n{tables(document)}\n\n{END}{after}"
+    return markers.between(text, BEGIN, END, tables(document))
 
 
 def main() -> int:
@@ -107,8 +105,7 @@ def main() -> int:
     arguments = parser.parse_args()
     document = json.loads(arguments.file.read_text(encoding="utf-8"))
     if arguments.into:
-        text = arguments.into.read_text(encoding="utf-8")
-        arguments.into.write_text(replace(text, document), encoding="utf-8")
+        markers.put(arguments.into, BEGIN, END, tables(document))
     else:
         print(tables(document))
     return 0

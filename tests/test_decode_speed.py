@@ -1,4 +1,4 @@
-"""What is made of the decode kernel's measurements: tables of docs/gpu.md, the timeline's picture, random models."""
+"""What is made of measurements: tables of docs/gpu.md and docs/server.md, the timeline's picture, random models."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import decode_tables  # noqa: E402
 import decode_timeline  # noqa: E402
 import random_decoder  # noqa: E402
+import server_tables  # noqa: E402
 
 from onekernel.bench.ceiling import decode_bytes  # noqa: E402
 from onekernel.checkpoint.sizes import SIZES  # noqa: E402
@@ -99,6 +100,13 @@ def test_document_shows_the_committed_measurements(path: Path) -> None:
 def test_picture_is_that_of_the_committed_timeline(path: Path) -> None:
     picture = ROOT / "docs" / "decode-timeline.svg"
     assert picture.read_text(encoding="utf-8") == decode_timeline.draw(json.loads(path.read_text(encoding="utf-8")))
+
+
+def test_server_document_shows_the_committed_measurements() -> None:
+    files = sorted((ROOT / "benchmarks" / "server").glob("*.json"))
+    table = server_tables.table([json.loads(path.read_text(encoding="utf-8")) for path in files])
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    assert f"{server_tables.BEGIN}\n\n{table}\n\n{server_tables.END}" in text
 
 
 def words(per_layer: int = 1000) -> list[int]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_more_tokens_than_one_launch_makes(model) -> None:
     assert whole.text == again.text
     short = model.generate(PROMPT, max_tokens=300, temperature=0)
     assert whole.text.startswith(short.text)
+
+
+def test_device_time_is_most_of_wall_time_and_never_more(model, record_property) -> None:
+    with model.engine.exclusive() as backend:
+        before, start = backend.device_seconds, time.perf_counter()
+    model.generate(PROMPT, max_tokens=600, temperature=0)
+    with model.engine.exclusive() as backend:
+        device, wall = backend.device_seconds - before, time.perf_counter() - start
+    record_property("device_of_wall", round(device / wall, 3))
+    assert 0.2 * wall < device < wall  # other processes may use the GPU meanwhile
 
 
 def test_context_fills_to_its_last_token(gpu) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def between(text: str, begin: str, end: str, new: str) -> str:
-    """`text` with `new` between the lines `begin` and `end`, in place of what is there. SystemExit: it has no such lines."""
+    """`text` with `new` in place of what stands between the lines `begin` and `end`; SystemExit if it lacks them."""
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:

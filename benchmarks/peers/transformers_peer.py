@@ -63,7 +63,9 @@ class TransformersPeer:
 
         def look(frame: Any, event: str, _: Any) -> None:
             nonlocal seen
-            seen = seen or (event == "call" and part in frame.f_code.co_filename)
+            if event == "call" and part in frame.f_code.co_filename:
+                seen = True
+                sys.setprofile(None)  # to look at every call takes time
 
         sys.setprofile(look)
         try:

@@ -28,6 +28,7 @@ SUITES = (
     "tokens), cold (from the start of the process to the first token)"
 )
 REFRESH = 4  # a second
+FILE_WIDTH = 180  # characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +188,10 @@ def _measure(plan: Plan, meter: Meter | None, output: Path | None) -> dict[str, 
                 documents.write(document, output)
 
         document = run_plan(plan, Listener(stage, updated), meter)
-    Console().print(table_of(document))
+    out = Console()
+    if not out.is_terminal:  # a file has room for all columns
+        out = Console(width=FILE_WIDTH)
+    out.print(table_of(document))
     for text in notes_of(document):
         print(text)
     return document

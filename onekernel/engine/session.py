@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from onekernel.engine.engine import Engine
 
 
+ANCHOR_TOKENS = (
+    256  # a lost state is rebuilt from a snapshot: reading so many tokens again takes as long as taking some
+)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of a session at one moment; `Session.restore` returns to it as often as needed."""
@@ -192,8 +197,8 @@ class Session:
                 state = self._ready(backend)
                 if self._cancelled.is_set():
                     return
-                if backend.runs_ahead:
-                    self._anchor = Snapshot(self.tokens, backend.snapshot(state))
+                if backend.runs_ahead and state.position - self._anchored >= ANCHOR_TOKENS:
+                    self._anchor = Snapshot(tuple(self._tokens[: state.position]), backend.snapshot(state))
                 history, pending = self._tokens[: state.position], self._tokens[state.position :]
                 made = backend.generate(
                     state, pending, history, sampling, limit, stop_tokens, constraint=constraint, generated=generated
@@ -246,6 +251,11 @@ class Session:
         if self._state is None:
             self._state = backend.restore(self._anchor.state) if self._anchor else backend.new_state()
         return self._state
+
+    @property
+    def _anchored(self) -> int:
+        """Tokens that need not be read again to rebuild the state."""
+        return len(self._anchor.tokens) if self._anchor else 0
 
     def _require_idle(self) -> None:
         if self._streaming:

@@ -27,6 +27,7 @@ from onekernel.gpu.layout import (
     Layout,
 )
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory, copy_rows
+from onekernel.gpu.pool import BufferPool
 from onekernel.gpu.sampling import DeviceSampling, SamplingArguments, is_plain
 from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler, damaged
@@ -34,6 +35,7 @@ from onekernel.sampling.sampler import Sampler, damaged
 MOST_GIVEN = 4096  # tokens of a prompt in one launch
 FIRST_CAPACITY = 4096  # positions that a new state's KV cache has room for
 SPIN_LIMIT = 2_000_000_000  # nanoseconds
+POOL_SHARE = 32  # of the GPU's memory, one part may be kept for the next states and snapshots
 CONSUMED, REPORT, CANCEL = OUTPUT_RING, OUTPUT_RING + 1, OUTPUT_RING + 2  # words of the mapped memory
 POLL = 20e-6  # seconds
 
@@ -132,6 +134,7 @@ class Decoder:
         self.tokens = DeviceBuffer(4 * MOST_GIVEN)
         self.rope = DeviceBuffer(0)
         self.mapped = MappedMemory(OUTPUT_RING + 3)
+        self.pool = BufferPool(gpu.memory // POOL_SHARE)  # of states and snapshots
         self.timeline = DeviceBuffer(8 * layout.blocks * MARKS_OF_A_BLOCK if layout.timeline else 0)
         self._running = False
         self._failure: str | None = None
@@ -153,14 +156,14 @@ class Decoder:
             return
         capacity = max(FIRST_CAPACITY, 1 << (positions - 1).bit_length())
         fixed, nbytes = recurrent_bytes(self.shape), recurrent_bytes(self.shape) + cache_bytes(self.shape, capacity)
-        free = self.gpu.memory_free()
+        free = self.gpu.memory_free() + self.pool.spare
         if nbytes > free:
             raise NotEnoughMemory(
                 f"a context of {positions} tokens needs a cache of {nbytes / 2**30:.2f} GiB on the GPU, and "
                 f"{free / 2**30:.2f} GiB are free: shorten the prompt, or close sessions that are no longer needed"
             )
         self._grow_rope(capacity)
-        buffer = DeviceBuffer(nbytes)
+        buffer = self._take(nbytes)
         buffer.clear()
         if state.capacity:
             copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
@@ -172,7 +175,7 @@ class Decoder:
 
     def snapshot(self, state: State) -> Snapshot:
         fixed = recurrent_bytes(self.shape)
-        buffer = DeviceBuffer(fixed + cache_bytes(self.shape, state.position))
+        buffer = self._take(fixed + cache_bytes(self.shape, state.position))
         copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
         self._copy_cache(
             state.buffer.address + fixed, state.capacity, buffer.address + fixed, state.position, state.position
@@ -190,6 +193,14 @@ class Decoder:
             source + fixed, snapshot.position, state.buffer.address + fixed, state.capacity, state.position
         )
         return state
+
+    def _take(self, nbytes: int) -> DeviceBuffer:
+        """Memory for a state or a snapshot, with anything in it."""
+        from cuda.bindings import driver
+
+        if not self._failure:
+            check(driver.cuStreamSynchronize(self.stream))  # a launch that told its end may still be at its last lines
+        return self.pool.take(nbytes)
 
     def _copy_cache(self, source: int, source_capacity: int, target: int, target_capacity: int, positions: int) -> None:
         row = 2 * self.shape.head_dim  # bytes of one position
@@ -361,6 +372,7 @@ class Decoder:
                 buffer.free()
         for buffer in (self.candidates, self.last_logits, self.tokens, self.rope, self.timeline):
             buffer.free()
+        self.pool.close()
         self.sampling.free()
         self.mapped.free()
         self.clock.close()

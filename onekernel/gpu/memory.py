@@ -75,6 +75,10 @@ def copy_rows(source: int, source_pitch: int, target: int, target_pitch: int, wi
 
     if not width or not rows:
         return
+    if rows == 1 or source_pitch == target_pitch == width:
+        check(driver.cuMemcpyDtoD(target, source, width * rows))
+        _wait()
+        return
     copy = driver.CUDA_MEMCPY2D()
     copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
     copy.srcDevice, copy.srcPitch = source, source_pitch

@@ -107,6 +107,9 @@ class Prefiller:
         self.decoder.gpu.make_current()
         self.decoder.reserve(state, state.position + tokens)
         needed, free = self.memory_needed(tokens) + more, self.decoder.gpu.memory_free()
+        if needed > free and self.decoder.pool.spare:
+            self.decoder.pool.clear()
+            free = self.decoder.gpu.memory_free()
         if needed > free:
             raise NotEnoughMemory(
                 f"prefill of {tokens} tokens needs {needed:,} bytes of scratch memory on the GPU, and {free:,} are "

@@ -83,6 +83,7 @@ def test_dead_barrier_is_reported_in_bounded_time_with_phase_layer_and_block(gpu
 
 
 def test_too_little_memory_is_refused_with_the_numbers(gpu: Gpu, demo: Decoder, demo_weights, monkeypatch) -> None:
+    demo.pool.clear()
     monkeypatch.setattr(Gpu, "memory_free", lambda _: 2**20)
     with pytest.raises(NotEnoughMemory, match=r"needs 0\.\d GiB of GPU memory, and 0\.0 GiB are free on"):
         Decoder(gpu, demo.layout, demo_weights)

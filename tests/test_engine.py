@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onekernel.engine import Engine, Session
+from onekernel.engine.session import ANCHOR_TOKENS
 from onekernel.errors import BackendError, InvalidRequest
 from onekernel.sampling.params import SamplingParams
 
@@ -97,6 +99,23 @@ def test_closing_early_costs_nothing_unless_the_backend_ran_ahead() -> None:
     assert backend.calls == ["new_state", "generate", "generate"]
 
 
+def test_a_backend_that_runs_ahead_is_copied_once_in_a_while() -> None:
+    """Not at every stream: those may be short, and a copy takes as long as a token."""
+    backend = WatchedBackend(runs_ahead=True)
+    session = started(backend)
+    for _ in range(2 * ANCHOR_TOKENS // 8):
+        session.generate(max_tokens=8)
+    assert backend.calls.count("snapshot") == 1
+    session.generate(max_tokens=8)
+    before = backend.consumed_in_all
+    stream = session.stream(max_tokens=20)
+    next(stream)
+    stream.close()
+    session.prefill()
+    assert backend.calls.count("restore") == 1
+    assert backend.consumed_in_all - before < ANCHOR_TOKENS + 20
+
+
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_a_failed_backend_does_not_spoil_the_session(runs_ahead: bool) -> None:
     backend = WatchedBackend(runs_ahead=runs_ahead)
@@ -123,8 +142,16 @@ def test_a_failed_backend_does_not_spoil_the_session(runs_ahead: bool) -> None:
         max_size=12,
     ),
     st.booleans(),
+    st.integers(1, 9),
 )
-def test_any_sequence_of_operations_leaves_an_exact_timeline(steps: list[tuple[str, int]], runs_ahead: bool) -> None:
+def test_any_sequence_of_operations_leaves_an_exact_timeline(
+    steps: list[tuple[str, int]], runs_ahead: bool, anchor_tokens: int
+) -> None:
+    with patch("onekernel.engine.session.ANCHOR_TOKENS", anchor_tokens):
+        carry_out(steps, runs_ahead)
+
+
+def carry_out(steps: list[tuple[str, int]], runs_ahead: bool) -> None:
     session = started(WatchedBackend(runs_ahead=runs_ahead))
     expected = list(PROMPT)
     saved, snapshot = list(PROMPT), session.snapshot()

@@ -2,7 +2,8 @@
 
     python tests/gpu/sanitize.py [tool ...]
 
-The tools slow a kernel down by orders of magnitude, so that there are few tokens and a long limit for waits.
+The tools slow a kernel down by orders of magnitude, so that there are few tokens and a long limit for waits; racecheck,
+which follows every access to shared memory, gets the fewest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+STEPS = {"racecheck": (2, 2)}  # tokens of the prompt, and made behind it
+USUAL_STEPS = (60, 20)
 LIMIT = float(os.environ.get("ONEKERNEL_SANITIZER_LIMIT", "500"))  # seconds for one tool
 
 TOKENS = """
@@ -37,7 +40,8 @@ decoder = Decoder(gpu, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_
                   spin_limit=200_000_000_000)
 state = decoder.new_state()
 sampler = Sampler(SamplingParams(), shape.vocab)
-made = [token.id for token in decoder.generate(state, [5, 80, 200] * 20, sampler, 20, frozenset())]
+given, count = map(int, sys.argv[1:])
+made = [token.id for token in decoder.generate(state, ([5, 80, 200] * given)[:given], sampler, count, frozenset())]
 again = decoder.restore(decoder.snapshot(state))
 decoder.logits(again, made[-3:])
 decoder.close()
@@ -46,8 +50,10 @@ print("made", made)
 
 
 def run_tool(tool: str) -> dict[str, Any]:
-    """What one tool found: {clean, seconds, says}."""
+    """What one tool found: {clean, seconds, says, tokens}."""
+    given, count = STEPS.get(tool, USUAL_STEPS)
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", TOKENS]
+    command += [str(given), str(count)]
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
@@ -58,6 +64,7 @@ def run_tool(tool: str) -> dict[str, Any]:
     summary = [line.lstrip("= ") for line in output.splitlines() if "SUMMARY" in line] or output.splitlines()[-3:]
     clean = done.returncode == 0 and "made [" in output and len(summary) == 1 and re.search(r": 0 ", summary[0])
     result = {"clean": bool(clean), "seconds": round(time.monotonic() - start, 1), "says": " ".join(summary)}
+    result["tokens"] = given + count
     if not clean:
         result["details"] = output[:4000]
     return result

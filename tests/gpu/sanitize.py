@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ decoder = Decoder(gpu, Layout.plan(shape, shape.vocab, gpu.sm_count, gpu.shared_
                   spin_limit=200_000_000_000)
 state = decoder.new_state()
 sampler = Sampler(SamplingParams(), shape.vocab)
+print("loaded", flush=True)
 given, count = map(int, sys.argv[1:])
 made = [token.id for token in decoder.generate(state, ([5, 80, 200] * given)[:given], sampler, count, frozenset())]
 again = decoder.restore(decoder.snapshot(state))
@@ -56,11 +58,16 @@ def run_tool(tool: str) -> dict[str, Any]:
     command += [str(given), str(count)]
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return {"clean": False, "seconds": LIMIT, "says": f"did not end within {LIMIT} s"}
-    output = done.stdout + done.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # In a session of its own: the tool starts Python as a child, which has to end with it.
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as done:
+        try:
+            output, _ = done.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)
+            output, _ = done.communicate()
+            says = f"did not end within {LIMIT:g} s"
+            return {"clean": False, "seconds": LIMIT, "says": says, "details": output[-4000:]}
     summary = [line.lstrip("= ") for line in output.splitlines() if "SUMMARY" in line] or output.splitlines()[-3:]
     clean = done.returncode == 0 and "made [" in output and len(summary) == 1 and re.search(r": 0 ", summary[0])
     result = {"clean": bool(clean), "seconds": round(time.monotonic() - start, 1), "says": " ".join(summary)}

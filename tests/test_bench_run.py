@@ -327,3 +327,8 @@ def test_the_command_measures_and_writes(
     assert "100.0 %" in printed
     assert "skipped" in printed
     assert documents.read(output)["engines"][0]["status"] == "measured"
+
+
+def test_energy_can_be_left_to_some_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--energy-of", "decode,warmth", "--backend", "cpu"]) == 2
+    assert "--energy-of 'warmth' is unknown: choose from prefill, decode" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from onekernel.bench.run import Plan
     from onekernel.bench.telemetry import Meter
+    from onekernel.bench.workload import Cell
 
 SUMMARY = "measure speed and energy, beside other engines and the machine's limit"
 EXAMPLES = (
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--repetitions", type=int, default=5, metavar="N", help="samples of each figure; at least 5")
     run.add_argument("--warm-ups", type=int, default=2, metavar="N", help="untimed passes before them; at least 1")
     run.add_argument("--energy", type=float, default=10.0, metavar="S", help="seconds of an energy window; 0: none")
+    run.add_argument("--energy-of", default="prefill,decode", metavar="A,B", help="which figures get such a window")
     run.add_argument(
         "--gate-tokens", type=int, default=192, metavar="N", help="tokens of the correctness gate; 0: none"
     )
@@ -105,7 +108,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     from onekernel.backend.choose import choose
     from onekernel.bench.peers import ENGINES, choose_engines
     from onekernel.bench.run import Plan
-    from onekernel.bench.workload import cells_of
     from onekernel.checkpoint.hub import resolve
     from onekernel.checkpoint.random_weights import is_random, random_checkpoint
     from onekernel.errors import InvalidRequest
@@ -130,7 +132,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         checkpoint=name,
         folder=folder.resolve(),
         device=arguments.backend if arguments.backend != "auto" else choose("auto").name,
-        cells=cells_of(arguments.suite.split(",")),
+        cells=_cells(arguments),
         engines=choose_engines(names, settings),
         repetitions=arguments.repetitions,
         energy_s=arguments.energy,
@@ -140,6 +142,17 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         command=["onekernel", *sys.argv[1:]],
         logs=arguments.logs,
     )
+
+
+def _cells(arguments: argparse.Namespace) -> list[Cell]:
+    from onekernel.bench.workload import DECODE, PREFILL, cells_of
+    from onekernel.errors import InvalidRequest
+
+    kinds = arguments.energy_of.split(",")
+    if unknown := [kind for kind in kinds if kind not in (PREFILL, DECODE)]:
+        raise InvalidRequest(f"--energy-of {unknown[0]!r} is unknown: choose from {PREFILL}, {DECODE}")
+    cells = cells_of(arguments.suite.split(","))
+    return [dataclasses.replace(cell, energy=cell.energy and cell.kind in kinds) for cell in cells]
 
 
 def _meter() -> Meter | None:

@@ -129,6 +129,12 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
     assert replace_tables(text, [(path.name, documents.read(path)) for path in RESULTS]) == text
 
 
+def test_the_committed_page_shows_the_committed_results() -> None:
+    """`onekernel bench report benchmarks/results/*.json --html benchmarks/results/report.html` mends this."""
+    committed = (ROOT / "benchmarks" / "results" / "report.html").read_text(encoding="utf-8")
+    assert committed == page([(path.name, documents.read(path)) for path in RESULTS])
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_results_are_whole(path: Path) -> None:
     found = documents.read(path)

@@ -156,8 +156,7 @@ class Decoder:
             return
         capacity = max(FIRST_CAPACITY, 1 << (positions - 1).bit_length())
         fixed, nbytes = recurrent_bytes(self.shape), recurrent_bytes(self.shape) + cache_bytes(self.shape, capacity)
-        free = self.gpu.memory_free() + self.pool.spare
-        if nbytes > free:
+        if not self.pool.has(nbytes) and nbytes > (free := self.gpu.memory_free() + self.pool.spare):
             raise NotEnoughMemory(
                 f"a context of {positions} tokens needs a cache of {nbytes / 2**30:.2f} GiB on the GPU, and "
                 f"{free / 2**30:.2f} GiB are free: shorten the prompt, or close sessions that are no longer needed"

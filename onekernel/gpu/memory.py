@@ -12,7 +12,7 @@ from onekernel.gpu.driver import check
 
 
 class DeviceBuffer:
-    """Bytes on the GPU, freed with `free` or when the object goes."""
+    """Bytes on the GPU, freed with `free` or when the object goes. One of 0 bytes has no address (0)."""
 
     def __init__(self, nbytes: int) -> None:
         """Raises NotEnoughMemory if the GPU has no room for them."""
@@ -20,7 +20,8 @@ class DeviceBuffer:
 
         self.nbytes = nbytes
         self._pointer: Any = None
-        self._pointer = check(driver.cuMemAlloc(max(1, nbytes)))
+        if nbytes:
+            self._pointer = check(driver.cuMemAlloc(nbytes))
 
     @classmethod
     def of(cls, array: np.ndarray) -> DeviceBuffer:
@@ -30,7 +31,7 @@ class DeviceBuffer:
 
     @property
     def address(self) -> int:
-        return int(self._pointer)
+        return int(self._pointer or 0)
 
     def write(self, array: np.ndarray, offset: int = 0) -> None:
         """Copy a C-contiguous array to byte `offset`."""
@@ -47,15 +48,17 @@ class DeviceBuffer:
 
         array = np.empty(count, dtype)
         assert offset + array.nbytes <= self.nbytes
-        check(driver.cuMemcpyDtoH(array.ctypes.data, self.address + offset, array.nbytes))
+        if array.nbytes:
+            check(driver.cuMemcpyDtoH(array.ctypes.data, self.address + offset, array.nbytes))
         return array
 
     def clear(self) -> None:
         """Fill with zeros."""
         from cuda.bindings import driver
 
-        check(driver.cuMemsetD8(self.address, 0, self.nbytes))
-        _wait()
+        if self.nbytes:
+            check(driver.cuMemsetD8(self.address, 0, self.nbytes))
+            _wait()
 
     def free(self) -> None:
         from cuda.bindings import driver

@@ -35,11 +35,16 @@ class BufferPool:
         """Bytes that are kept and could be freed."""
         return sum(nbytes for nbytes, _ in (*self._kept, *self._returned))
 
+    def has(self, nbytes: int) -> bool:
+        """Whether `take` would need nothing of the driver."""
+        self._collect()
+        return any(_fits(nbytes, size) for size, _ in self._kept)
+
     def take(self, nbytes: int) -> DeviceBuffer:
         """A buffer of `nbytes`, with anything in it. Raises NotEnoughMemory; nothing is kept any more then."""
         self._collect()
         for i, (size, pointer) in enumerate(self._kept):  # the smallest first
-            if nbytes <= size <= nbytes + nbytes // SLACK + GRAIN:
+            if _fits(nbytes, size):
                 del self._kept[i]
                 return PooledBuffer(nbytes, size, pointer, self._give)
         size = -(-max(1, nbytes) // GRAIN) * GRAIN
@@ -73,6 +78,10 @@ class BufferPool:
         """Free what is kept, now and from now on."""
         self._closed = True
         self.clear()
+
+
+def _fits(nbytes: int, size: int) -> bool:
+    return nbytes <= size <= nbytes + nbytes // SLACK + GRAIN
 
 
 class PooledBuffer(DeviceBuffer):

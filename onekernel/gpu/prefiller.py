@@ -106,8 +106,18 @@ class Prefiller:
     def _prepare(self, state: State, tokens: int, more: int = 0) -> None:
         self.decoder.gpu.make_current()
         self.decoder.reserve(state, state.position + tokens)
-        needed, free = self.memory_needed(tokens) + more, self.decoder.gpu.memory_free()
-        if needed > free and self.decoder.pool.spare:
+        if needed := self.memory_needed(tokens) + more:  # asking what is free takes time
+            self._require(tokens, needed)
+        chunk = min(tokens, MOST_CHUNK_TOKENS)
+        if chunk > self.scratch_tokens:
+            for buffer in self.scratch.values():
+                buffer.free()
+            self.scratch = {name: DeviceBuffer(nbytes) for name, nbytes in self.layout.scratch(chunk).items()}
+            self.scratch_tokens = chunk
+
+    def _require(self, tokens: int, needed: int) -> None:
+        """Raises NotEnoughMemory if so many bytes are not free."""
+        if needed > (free := self.decoder.gpu.memory_free()) and self.decoder.pool.spare:
             self.decoder.pool.clear()
             free = self.decoder.gpu.memory_free()
         if needed > free:
@@ -115,12 +125,6 @@ class Prefiller:
                 f"prefill of {tokens} tokens needs {needed:,} bytes of scratch memory on the GPU, and {free:,} are "
                 "free: close sessions that are no longer needed, or other programs that use the GPU"
             )
-        chunk = min(tokens, MOST_CHUNK_TOKENS)
-        if chunk > self.scratch_tokens:
-            for buffer in self.scratch.values():
-                buffer.free()
-            self.scratch = {name: DeviceBuffer(nbytes) for name, nbytes in self.layout.scratch(chunk).items()}
-            self.scratch_tokens = chunk
 
     def launch(
         self,

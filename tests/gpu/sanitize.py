@@ -3,7 +3,7 @@
     python tests/gpu/sanitize.py [tool ...]
 
 The tools slow a kernel down by orders of magnitude, so that there are few tokens and a long limit for waits; racecheck,
-which follows every access to shared memory, gets the fewest.
+which follows every access to shared memory, gets the fewest. What it says of the weight ring is read by races.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import races  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -25,6 +30,9 @@ LIMIT = float(os.environ.get("ONEKERNEL_SANITIZER_LIMIT", "500"))  # seconds for
 
 TOKENS = """
 import sys
+import cuda.core
+options = cuda.core.ProgramOptions
+cuda.core.ProgramOptions = lambda **more: options(lineinfo=True, **more)
 from onekernel.checkpoint import hub
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
@@ -57,24 +65,55 @@ def run_tool(tool: str) -> dict[str, Any]:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", TOKENS]
     command += [str(given), str(count)]
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as cache:  # this kernel has line information: it is not the user's
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ONEKERNEL_CACHE": cache}
+        output, code = _run(command, environment)
+        listing = _listing(Path(cache)) if tool == "racecheck" and code not in (0, None) else ""
+    seconds = round(time.monotonic() - start, 1)
+    if code is None:
+        says = f"did not end within {LIMIT:g} s"
+        return {"clean": False, "seconds": seconds, "says": says, "details": output[-4000:]}
+    summary = [line.lstrip("= ") for line in output.splitlines() if "SUMMARY" in line] or output.splitlines()[-3:]
+    ended = "made [" in output and len(summary) == 1
+    clean = ended and code == 0 and bool(re.search(r": 0 ", summary[0]))
+    result = {"clean": clean, "seconds": seconds, "says": " ".join(summary), "tokens": given + count}
+    if listing and ended:
+        found = races.races(output, listing)
+        strange = [race for race in found if not race.is_handshake]
+        result["handshakes"] = sorted({str(race) for race in found if race.is_handshake})
+        result["clean"] = bool(found) and not strange
+        result["says"] += f"; of {len(found)} pairs, {len(found) - len(strange)} are the ring's handshake"
+        result["races"] = [f"{race}: {race.first} and {race.second}" for race in strange[:20]]
+    if not result["clean"]:
+        result["details"] = output[:4000]
+    return result
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[str, int | None]:
+    """(what it wrote, its exit status; None if it took too long)."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # In a session of its own: the tool starts Python as a child, which has to end with it.
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as done:
         try:
             output, _ = done.communicate(timeout=LIMIT)
+            return output, done.returncode
         except subprocess.TimeoutExpired:
             os.killpg(done.pid, signal.SIGKILL)
             output, _ = done.communicate()
-            says = f"did not end within {LIMIT:g} s"
-            return {"clean": False, "seconds": LIMIT, "says": says, "details": output[-4000:]}
-    summary = [line.lstrip("= ") for line in output.splitlines() if "SUMMARY" in line] or output.splitlines()[-3:]
-    clean = done.returncode == 0 and "made [" in output and len(summary) == 1 and re.search(r": 0 ", summary[0])
-    result = {"clean": bool(clean), "seconds": round(time.monotonic() - start, 1), "says": " ".join(summary)}
-    result["tokens"] = given + count
-    if not clean:
-        result["details"] = output[:4000]
-    return result
+            return output, None
+
+
+def _listing(cache: Path) -> str:
+    """The machine code of the one kernel in a cache, with its lines; nothing where the toolkit has no nvdisasm."""
+    [entry] = cache.rglob("*.cubin")
+    cubin = cache / "kernel"
+    cubin.write_bytes(entry.read_bytes()[32:])  # behind the hash of its content
+    try:
+        done = subprocess.run(["nvdisasm", "-c", "-gi", str(cubin)], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"what racecheck reports cannot be traced to the sources: {error}", file=sys.stderr)
+        return ""
+    return done.stdout
 
 
 def main() -> int:

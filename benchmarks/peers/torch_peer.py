@@ -1,8 +1,9 @@
 """A plain PyTorch decode step under torch.compile and a CUDA graph: the best that a PyTorch user reaches at batch 1.
 
 Written for speed within PyTorch: projections that read the same input are one matrix, buffers are static, the choice
-of the token happens on the device, and one graph replay is one token. No step waits for the host. The prompt goes
-through the same step token by token, so there is no prefill figure.
+of the token happens on the device, and one graph replay is one token. No step waits for the host. The products go to
+cuBLAS or into reductions that the compiler fuses and tunes; the faster of the two on this GPU is measured. The prompt
+goes through the same step token by token, so there is no prefill figure.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ except ImportError:
 
 CACHE_STEP = 1024  # the KV cache has a multiple of so many positions; another size compiles again
 ROOM = 256  # positions behind a prompt
+TRIAL_TOKENS = 100  # to find the faster way of the products
 
 
 class Step:
@@ -35,6 +37,7 @@ class Step:
     def __init__(self, folder: Path, device: str, dtype: Any) -> None:
         self.shape = shape = Shape.load(folder)
         self.device, self.dtype = device, dtype
+        self.fused = False  # products as reductions of the compiler's own
         weights = load_weights(folder, shape)
 
         def get(name: str, keep: bool = False) -> Tensor:
@@ -112,13 +115,18 @@ class Step:
             normed = self._norm(x, layer["norm"])
             mixed = (self._linear if kind == LINEAR else self._attention)(normed, layer, state)
             x = x + mixed
-            gate, up = F.linear(self._norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2)
-            x = x + F.linear(F.silu(gate) * up, layer["down"])
-        logits = F.linear(self._norm(x, self.norm), self.head).float()
+            gate, up = self._product(self._norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2)
+            x = x + self._product(F.silu(gate) * up, layer["down"])
+        logits = self._product(self._norm(x, self.norm), self.head).float()
         self.logits.copy_(logits)
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.add_(1)
         self.made.index_copy_(0, self.position, self.token)
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if self.fused:
+            return (matrix.float() * x.float()).sum(-1).to(x.dtype)
+        return F.linear(x, matrix)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
@@ -128,7 +136,7 @@ class Step:
         shape = self.shape
         window, memory = state
         sizes = [shape.conv_dim, shape.value_dim, shape.value_heads, shape.value_heads]
-        qkv, z, b, a = F.linear(x, layer["in"]).split(sizes)
+        qkv, z, b, a = self._product(x, layer["in"]).split(sizes)
         inputs = torch.cat([window[:, 1:], qkv[:, None]], 1)
         window.copy_(inputs)
         qkv = F.silu((inputs.float() * layer["conv"].float()).sum(-1))
@@ -145,11 +153,11 @@ class Step:
         out = (new * q[:, :, None]).sum(1)
         out = out * torch.rsqrt(out.square().mean(-1, True) + shape.norm_eps) * layer["gated_norm"]
         out = out * F.silu(z.float()).view(shape.value_heads, -1)
-        return F.linear(out.reshape(-1).to(x.dtype), layer["out"])
+        return self._product(out.reshape(-1).to(x.dtype), layer["out"])
 
     def _attention(self, x: Tensor, layer: dict[str, Tensor], state: tuple[Tensor, Tensor]) -> Tensor:
         shape = self.shape
-        q, k, v = F.linear(x, layer["in"]).split([2 * shape.query_dim, shape.kv_dim, shape.kv_dim])
+        q, k, v = self._product(x, layer["in"]).split([2 * shape.query_dim, shape.kv_dim, shape.kv_dim])
         q, gate = q.view(shape.heads, 2 * shape.head_dim).chunk(2, -1)
         q = self._rope(self._norm(q, layer["q_norm"]))
         k = self._rope(self._norm(k.view(shape.kv_heads, -1), layer["k_norm"]))
@@ -161,7 +169,7 @@ class Step:
         rows = q.view(1, shape.kv_heads, -1, shape.head_dim)
         mask = mask.expand(1, 1, rows.shape[2], -1)
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=shape.head_dim**-0.5)
-        return F.linear(out.reshape(-1) * gate.reshape(-1).sigmoid(), layer["out"])
+        return self._product(out.reshape(-1) * gate.reshape(-1).sigmoid(), layer["out"])
 
     def _rope(self, x: Tensor) -> Tensor:
         half = self.shape.rotary_dim // 2
@@ -188,11 +196,15 @@ class TorchPeer:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("PyTorch finds no GPU")
         torch.set_grad_enabled(False)
-        # Measures more candidate kernels for each product; a matrix times one vector becomes a fused reduction.
-        torch._inductor.config.coordinate_descent_tuning = True
+        # Several candidates for each kernel, compiled side by side. Coordinate descent over their parameters is left
+        # out: for this graph it takes minutes.
+        torch._inductor.config.max_autotune_pointwise = True
         self.step = Step(Path(folder), self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
         self.positions = 0
         self.compiled = options.get("compile", True)
+        notes = "one graph replay a token; decode only: the prompt goes through the same step token by token"
+        if self.device == "cuda":
+            notes += f"; {self._choose(CACHE_STEP)}"
         return {
             "title": "PyTorch step, torch.compile + CUDA graph"
             if self.device == "cuda"
@@ -200,7 +212,7 @@ class TorchPeer:
             "versions": {"torch": torch.__version__},
             "weights": "bf16" if self.device == "cuda" else "float32",
             "device": self.device,
-            "notes": "one graph replay a token; decode only: the prompt goes through the same step token by token",
+            "notes": notes,
             "kinds": ["decode"],
         }
 
@@ -208,16 +220,37 @@ class TorchPeer:
         """Make the step ready for so many positions: states, compiled code, graph."""
         capacity = -(-(positions + 1) // CACHE_STEP) * CACHE_STEP
         if capacity != self.positions:
-            self.positions = capacity
-            self.step.reset(capacity)
-            torch._dynamo.reset()
-            run = (
-                torch.compile(self.step.forward, dynamic=False, fullgraph=True) if self.compiled else self.step.forward
-            )
-            self.run = self._graph(run) if self.device == "cuda" else run
+            self._build(capacity)
         for tensor in (tensor for pair in self.step.states for tensor in pair):
             tensor.zero_()
         self.step.position.zero_()
+
+    def _build(self, capacity: int) -> None:
+        """States of this capacity, compiled code for them, and its graph."""
+        self.positions = capacity
+        self.step.reset(capacity)
+        torch._dynamo.reset()
+        run = torch.compile(self.step.forward, dynamic=False, fullgraph=True) if self.compiled else self.step.forward
+        self.run = self._graph(run) if self.device == "cuda" else run
+
+    def _choose(self, capacity: int) -> str:
+        """Build the step with both kinds of products and keep the faster one. Returns what was found, in words."""
+        found: list[tuple[float, bool, Any]] = []
+        step = self.step
+        for step.fused in (False, True):
+            self._build(capacity)
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(TRIAL_TOKENS):
+                self.run()
+            self._wait()
+            seconds = (time.perf_counter() - start) / TRIAL_TOKENS
+            found.append((seconds, step.fused, (self.run, step.states, step.slots, step.made)))
+        cublas, fused = (seconds for seconds, _, _ in found)
+        _, step.fused, built = min(found, key=lambda one: one[0])
+        self.run, step.states, step.slots, step.made = built
+        chosen = "the compiler's reductions" if step.fused else "cuBLAS"
+        return f"products by {chosen} ({1e6 * cublas:.0f} us a token by cuBLAS, {1e6 * fused:.0f} by reductions)"
 
     def _graph(self, run: Any) -> Any:
         side = torch.cuda.Stream()

@@ -116,10 +116,10 @@ class Worker:
         }
 
     def do_steady(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Decode (or prefill) again and again for `seconds`: the work of an energy window."""
+        """Decode (or prefill) again and again for `seconds`: the work of an energy window. "tokens": the first ones."""
         begin = time.perf_counter()
         end = begin + request["seconds"]
-        count, busy = 0, 0.0
+        count, busy, first = 0, 0.0, None
         while (now := time.perf_counter()) < end:
             if request["kind"] == "prefill":
                 self.adapter.prefill(request["tokens"])
@@ -127,9 +127,11 @@ class Worker:
                 busy += time.perf_counter() - now
             else:
                 decoded = self.adapter.decode(request["count"])
+                first = decoded.tokens if first is None else first
                 count += decoded.count
                 busy += time.perf_counter() - now if decoded.wall_s is None else decoded.wall_s
-        return {"count": count, "window_s": time.perf_counter() - begin, "busy_s": busy}
+        tokens = first if isinstance(first, list) else None
+        return {"count": count, "window_s": time.perf_counter() - begin, "busy_s": busy, "tokens": tokens}
 
     def do_logits(self, request: dict[str, Any]) -> dict[str, Any]:
         logits = self.adapter.logits(request["tokens"])

@@ -30,6 +30,7 @@ from onekernel.errors import BackendError, InvalidRequest
 from onekernel.text.tokenizer import Tokenizer
 
 MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"
+IDLE_S = 4.0  # seconds of the window of idle power
 WARM_UPS = 2  # untimed passes of every cell: caches fill, clocks rise, compilers compile
 
 
@@ -100,8 +101,8 @@ def run(plan: Plan, listener: Listener | None = None, meter: Meter | None = None
             tokens = workload.prompt(plan.gate_tokens, 0, vocabulary)
             reference = beside.submit(consult, load_weights(plan.folder, shape), shape, tokens)
         if meter is not None and plan.energy_s:
-            listener.stage(f"idle power, over {plan.energy_s:g} s")
-            found["idle"] = idle_power(meter, plan.energy_s)
+            listener.stage(f"idle power, over {IDLE_S:g} s")
+            found["idle"] = idle_power(meter, IDLE_S)
         if plan.gate_tokens:
             oracle = reference.result()
             found["workload"]["oracle_s"] = time.perf_counter() - start
@@ -230,20 +231,26 @@ class _Session:
         measurement = _measurement(cell)
         self.entry["measurements"].append(measurement)
         try:
+            made: list[Any] = []  # the tokens of every pass
             with Watch(self.meter) as watch:
                 for i in range(-self.plan.warm_ups, self.plan.repetitions):
                     self._stage(f"{cell.name}, {'warming up' if i < 0 else f'{i + 1} of {self.plan.repetitions}'}")
                     sample = self._sample(process, cell, i + self.plan.warm_ups)
-                    tokens = sample.pop("tokens")
+                    made.append(sample.pop("tokens"))
                     if i >= 0:
                         measurement["samples"].append(sample)
                         self.listener.updated(self.document)
             measurement["telemetry"] = watch.summary()
-            if tokens is not None:  # the same prompt again: does it give the same tokens?
-                measurement["repeatable"] = process.ask("decode", count=cell.count)["tokens"] == tokens
+            # The same prompt again: does it give the same tokens? An energy window begins with the first pass's prompt.
             if cell.energy and self.meter is not None and self.plan.energy_s:
                 self._stage(f"{cell.name}, energy over {self.plan.energy_s:g} s")
                 measurement["energy"] = self._energy(process, cell, self.meter)
+                before, again = made[0], measurement["energy"].pop("tokens", None)
+            else:
+                before = made[-1]
+                again = process.ask("decode", count=cell.count)["tokens"] if before is not None else None
+            if before is not None:
+                measurement["repeatable"] = again == before
         except Unavailable as reason:
             measurement["problem"] = str(reason)
         except EngineFailed as error:

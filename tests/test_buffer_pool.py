@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from onekernel.errors import NotEnoughMemory
-from onekernel.gpu.pool import GRAIN, BufferPool
+from onekernel.gpu.pool import GRAIN, MOST_KEPT, BufferPool
 
 if sys.platform == "darwin":
     pytest.skip("NVIDIA publishes no packages for macOS", allow_module_level=True)
@@ -99,3 +99,10 @@ def test_what_is_kept_never_keeps_others_from_memory(monkeypatch) -> None:
     with pytest.raises(NotEnoughMemory):
         pool.take(GRAIN)
     whole.free()
+
+
+def test_few_buffers_are_kept_however_small(monkeypatch) -> None:
+    memory, pool = Memory(monkeypatch, 1 << 40), BufferPool(1 << 40)
+    for buffer in [pool.take(GRAIN) for _ in range(20)]:
+        buffer.free()
+    assert len(memory.taken) == MOST_KEPT

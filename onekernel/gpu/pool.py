@@ -15,6 +15,7 @@ from onekernel.errors import NotEnoughMemory
 from onekernel.gpu.memory import DeviceBuffer
 
 GRAIN = 2 << 20  # bytes: buffers have multiples of it
+MOST_KEPT = 4  # buffers: a state and a snapshot, and those of the answer before
 SLACK = 4  # a kept buffer may be larger than asked for by one part in SLACK
 
 
@@ -61,7 +62,7 @@ class BufferPool:
 
     def _give(self, size: int, pointer: Any) -> bool:
         """Keep a buffer that is not used any more; any thread. Returns False if there is no room for it."""
-        if self._closed or self.spare + size > self._most:
+        if self._closed or self.spare + size > self._most or len(self._kept) + len(self._returned) >= MOST_KEPT:
             return False
         self._returned.append((size, pointer))
         return True

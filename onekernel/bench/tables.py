@@ -116,9 +116,9 @@ def notes(document: Document) -> list[str]:
 
 
 def readme_tables(found: Sequence[tuple[str, Document]]) -> str:
-    """Markdown: one table for each document that has both standard cells, engines by decoding speed."""
+    """Markdown: one table for each document that has both standard cells, GPUs first, engines by decoding speed."""
     parts = []
-    for name, document in found:
+    for name, document in sorted(found, key=lambda one: one[1]["machine"].get("device") == "cpu"):
         standard = [f for f in figures(document) if f.cell.context == 520 and f.cell.kind in (PREFILL, DECODE)]
         if {figure.cell.kind for figure in standard} == {PREFILL, DECODE}:
             parts.append(_markdown(name, document, standard))

@@ -96,5 +96,14 @@ class CpuBackend(StepwiseBackend[State]):
     def restore(self, snapshot: State) -> State:
         return snapshot.copy()
 
+    def park(self, state: State) -> State:
+        return state  # it is in the host's memory already
+
+    def state_bytes(self, tokens: int) -> int:
+        return self.shape.state_bytes(tokens)
+
+    def memory_free(self) -> int | None:
+        return available_memory()
+
     def close(self) -> None:
         self._parameters = None

@@ -12,11 +12,12 @@ from onekernel.backend.stepwise import StepwiseBackend, check_limits
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
-from onekernel.gpu import decoder
+from onekernel.gpu import decoder, parking
 from onekernel.gpu.compile import compiler_version
-from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
+from onekernel.gpu.decoder import FIRST_CAPACITY, MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
+from onekernel.gpu.parking import Parked
 from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
 from onekernel.gpu.prefiller import Prefiller
 from onekernel.sampling.params import SampledToken
@@ -154,8 +155,23 @@ class CudaBackend(StepwiseBackend[State]):
     def snapshot(self, state: State) -> Snapshot:
         return self.decoder.snapshot(state)
 
-    def restore(self, snapshot: Snapshot) -> State:
+    def park(self, state: State) -> Parked:
+        return parking.park(self.decoder, state)
+
+    def restore(self, snapshot: Snapshot | Parked) -> State:
+        if isinstance(snapshot, Parked):
+            return parking.unpark(self.decoder, snapshot)
         return self.decoder.restore(snapshot)
+
+    def state_bytes(self, tokens: int) -> int:
+        capacity = max(FIRST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
+        return decoder.recurrent_bytes(self.shape) + decoder.cache_bytes(self.shape, capacity)
+
+    def memory_free(self) -> int | None:
+        return self.decoder.gpu.memory_free()
+
+    def _reserve(self, state: State, positions: int) -> None:
+        self.decoder.reserve(state, positions)
 
     def close(self) -> None:
         if self._decoder is not None:

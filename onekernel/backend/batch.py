@@ -44,7 +44,6 @@ class Batch(Protocol):
     """Used by the thread that has the backend."""
 
     slots: int  # most rows of one run
-    constrained_steps: int  # most steps that pay in a run where a row has a constraint (the host masks each token)
 
     def run(self, rows: Sequence[Row], steps: int, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Made]:
         """Consume the tokens of each row and make up to `steps` new ones for it: one launch. Yields after each step.
@@ -91,7 +90,6 @@ class LoopBatch:
         whole_rows: `generate` of one row must end before that of the next begins.
         """
         self.slots = slots
-        self.constrained_steps = 2**31
         self._prepare = prepare
         self._generate = generate
         self._whole_rows = whole_rows

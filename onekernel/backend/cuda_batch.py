@@ -22,8 +22,6 @@ class BatchKernel(Protocol):
 class CudaBatch:
     """A Batch (see there) over the batch kernel."""
 
-    constrained_steps = 1
-
     def __init__(
         self,
         kernel: BatchKernel,

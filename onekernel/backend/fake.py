@@ -63,6 +63,9 @@ class FakeBackend(StepwiseBackend[FakeState]):
         self._alive: weakref.WeakSet[FakeState] = weakref.WeakSet()
 
     def new_state(self) -> FakeState:
+        return self._tracked()
+
+    def _tracked(self) -> FakeState:
         state = FakeState()
         self._alive.add(state)
         return state
@@ -78,13 +81,13 @@ class FakeBackend(StepwiseBackend[FakeState]):
         return logits
 
     def snapshot(self, state: FakeState) -> FakeState:
-        copy = self.new_state()
+        copy = self._tracked()
         self._reserve(copy, state.position)
         copy.tokens[:] = state.tokens
         return copy
 
     def restore(self, snapshot: FakeState) -> FakeState:
-        return self.snapshot(snapshot)
+        return FakeBackend.snapshot(self, snapshot)
 
     def park(self, state: FakeState) -> FakeState:
         parked = FakeState(list(state.tokens))

@@ -260,7 +260,7 @@ class Rounds:
             self._cache.drop_oldest()
 
     def _drop(self, turn: Turn, error: OnekernelError) -> None:
-        turn.ticket.finish("error", error)
+        turn.ticket.finish("error", error.with_traceback(None))  # its frames would keep the state alive
         self._remove(turn)
 
     def _remove(self, turn: Turn) -> None:

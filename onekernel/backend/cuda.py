@@ -56,6 +56,12 @@ def memory_needed(shape: Shape) -> int:
     return decoder.memory_needed(shape, layout) + scratch
 
 
+def state_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of GPU memory of a state that holds so many tokens."""
+    capacity = max(FIRST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
+    return decoder.recurrent_bytes(shape) + decoder.cache_bytes(shape, capacity)
+
+
 def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
     return Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
 
@@ -164,8 +170,7 @@ class CudaBackend(StepwiseBackend[State]):
         return self.decoder.restore(snapshot)
 
     def state_bytes(self, tokens: int) -> int:
-        capacity = max(FIRST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
-        return decoder.recurrent_bytes(self.shape) + decoder.cache_bytes(self.shape, capacity)
+        return state_bytes(self.shape, tokens)
 
     def memory_free(self) -> int | None:
         return self.decoder.gpu.memory_free()

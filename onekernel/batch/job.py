@@ -14,7 +14,7 @@ from onekernel.api import Model
 from onekernel.batch.lines import CHAT, Line, read_lines
 from onekernel.batch.output import Output, is_failure
 from onekernel.errors import BackendError, InvalidRequest, OnekernelError
-from onekernel.many import MAX_CONCURRENT
+from onekernel.many import concurrency
 from onekernel.scheduler import ShuttingDown
 from onekernel.server import chat_completions, chat_reply, completions
 from onekernel.server.body import Fields, convert
@@ -102,25 +102,26 @@ def run(
     plan: Plan,
     output: Output,
     report: Callable[[Progress], None],
-    max_concurrent: int = MAX_CONCURRENT,
+    max_concurrent: int | None = None,
 ) -> Progress:
     """Answer all lines that `output` has no answer to. Ctrl-C ends it within a few tokens (KeyboardInterrupt).
 
     Args:
         name: of the model, as the answers give it.
         report: called a few times a second, and at the end.
-        max_concurrent: lines that are worked on at a time.
+        max_concurrent: lines that are worked on at a time; None: as many as one step of the engine serves.
 
     Raises:
         BackendError: the engine failed. The lines that it was working on are not answered, and come again next time.
         OutputFailed, InvalidRequest: see Output.add and Plan.lines.
     """
     # A line that asks for several choices submits them all at once: the queue has room for them.
-    waiting = max_concurrent * Settings.most_choices
-    service = Service(model, Settings(model_name=name, most_running=max_concurrent, most_waiting=waiting))
+    workers = concurrency(model.engine, max_concurrent)
+    waiting = workers * Settings.most_choices
+    service = Service(model, Settings(model_name=name, most_running=workers, most_waiting=waiting))
     try:
         job = Job(service, output, len(plan.digests))
-        asyncio.run(job.run(plan.lines(output.done), max_concurrent, report))
+        asyncio.run(job.run(plan.lines(output.done), workers, report))
         return job.progress()
     finally:
         service.close()

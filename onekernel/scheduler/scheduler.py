@@ -13,7 +13,7 @@ from onekernel.scheduler.prefix_cache import PrefixCache
 from onekernel.scheduler.request import Request, Ticket
 from onekernel.scheduler.rounds import Rounds
 
-MOST_RUNNING = 32
+LEAST_RUNNING = 32  # of `most_running` where nothing else is said
 MOST_WAITING = 256
 CACHE_BYTES = 2**30
 LONGEST_RETRY_S = 60
@@ -45,16 +45,17 @@ class Scheduler:
         self,
         engine: Engine,
         *,
-        most_running: int = MOST_RUNNING,
+        most_running: int | None = None,
         most_waiting: int = MOST_WAITING,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Args:
-        most_running: requests that share the engine at a time; each of them holds a state.
+        most_running: requests that share the engine at a time, each with a state; None: 32, or as many as one step of
+            the engine serves.
         most_waiting: requests that may wait for that.
         cache_bytes: for snapshots of what was read, see PrefixCache.
         """
-        self.most_running = most_running
+        self.most_running = most_running or max(LEAST_RUNNING, engine.most_slots)
         self.most_waiting = most_waiting
         self.cache = PrefixCache(engine.shape, cache_bytes)
         self.failure: BaseException | None = None

@@ -37,7 +37,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     allow_public: bool = False
-    most_running: int = scheduler.MOST_RUNNING
+    most_running: int | None = None
     most_waiting: int = scheduler.MOST_WAITING
     cache_bytes: int = scheduler.CACHE_BYTES
     max_tokens: int | None = None

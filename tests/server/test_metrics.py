@@ -60,6 +60,11 @@ def test_props_name_the_context_for_those_who_look_for_it(demo: ServerThread) ->
     facts = httpx.get(f"{demo.url}/props").json()
     assert facts["default_generation_settings"]["n_ctx"] == 32768
     assert facts["model_alias"] == "demo"
+    assert facts["total_slots"] == facts["queue"]["most_running"] == 32
+    assert facts["queue"]["parked"] == 0
+    assert (
+        facts["memory"]["free"] > facts["memory"]["state_bytes"]["full"] > facts["memory"]["state_bytes"]["empty"] > 0
+    )
     assert httpx.get(f"{demo.url}/v1/props").json().keys() == facts.keys()
     assert httpx.get(f"{demo.url}/version").json()["version"]
 

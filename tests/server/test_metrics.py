@@ -39,7 +39,7 @@ def test_what_was_asked_is_counted(scripted: Callable[..., ServerThread]) -> Non
     assert found["prompt_tokens_cached_total"] == usages[1]["prompt_tokens_details"]["cached_tokens"] > 60
     assert found["requests_totalstop"] == 2
     assert found["time_to_first_token_seconds_count"] == found["time_per_output_token_seconds_count"] == 2
-    assert found["requests_running"] == found["requests_waiting"] == 0
+    assert found["requests_running"] == found["requests_parked"] == found["requests_waiting"] == 0
     assert found["prefix_cache_entries"] >= 1
     assert found["prefix_cache_bytes"] > 0
 

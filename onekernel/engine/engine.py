@@ -51,20 +51,25 @@ class Engine:
                 raise BackendError("the model is closed: load it again")
             yield self._backend
 
-    def batch(self, backend: Backend) -> Batch:
-        """What runs sessions together, for who holds the backend. It is made at the first call, which may take long."""
-        if self._batch is None:
-            self._batch = backend.batch(backend.most_slots if backend.most_slots > 1 else LOOP_SLOTS)
+    def batch(self, backend: Backend, wanted: int) -> Batch:
+        """What runs up to `wanted` sessions together, if so many can, for who holds the backend. May take long when it
+        is made: the first time, and when more are wanted than before."""
+        most = backend.most_slots if backend.most_slots > 1 else LOOP_SLOTS
+        if self._batch is None or self._batch.slots < min(wanted, most):
+            if self._batch is not None:
+                self._batch.close()
+                self._batch = None
+            self._batch = backend.batch(min(wanted, most) if backend.most_slots > 1 else LOOP_SLOTS)
         return self._batch
 
-    def batch_slots(self) -> int:
-        """Sessions that `run_together` takes at most. The first call prepares it, which may take long.
+    def batch_slots(self, wanted: int) -> int:
+        """Sessions that `run_together` takes at most, of those that are wanted. Prepares it, which may take long.
 
         Raises:
             BackendError: the engine is closed.
         """
         with self.exclusive() as backend:
-            return self.batch(backend).slots
+            return self.batch(backend, wanted).slots
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of the backend's memory that a session of so many tokens takes."""

@@ -75,7 +75,7 @@ def run_together(
     rebuilt from their tokens when they are used again.
 
     Args:
-        members: at most as many as `engine.batch` has slots. Pending tokens of their sessions are consumed here, too:
+        members: at most `engine.batch_slots(...)`. Pending tokens of their sessions are consumed here, too:
             prefill before.
         interrupted: see Batch.run.
 
@@ -88,7 +88,7 @@ def run_together(
         for member in members:
             member.error = None
             rows.append(member.row(backend))
-        made = engine.batch(backend).run(rows, steps, interrupted)
+        made = engine.batch(backend, len(members)).run(rows, steps, interrupted)
         for member in members:
             member.session.lend()
         for step in made:

@@ -51,10 +51,10 @@ class Rounds:
         self._prefill_s = PREFILL_S / PREFILL_TOKENS[0]  # the same of a token of a prompt
         self._slots = 1
 
-    def warm_up(self) -> None:
-        """Prepare what runs many requests together, before there are any. May take long."""
+    def warm_up(self, most_running: int) -> None:
+        """Prepare what runs so many requests together, before there are any. May take long."""
         try:
-            self._slots = self._engine.batch_slots()
+            self._slots = self._engine.batch_slots(most_running)
         except BackendError:  # closed: each request will hear of it
             self._slots = 1
 

@@ -159,7 +159,7 @@ class Scheduler:
     def _run(self) -> None:
         try:
             if self.most_running > 1:
-                self._rounds.warm_up()
+                self._rounds.warm_up(self.most_running)
             while self._next():
                 self._rounds.step()
         except BaseException as error:  # a bug: nobody may wait for an answer that cannot come

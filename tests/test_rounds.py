@@ -275,3 +275,27 @@ def test_more_ready_requests_than_slots_share_them(monkeypatch: pytest.MonkeyPat
     for request, reader in zip(requests, readers, strict=True):
         assert reader.read() == alone(request)
     scheduler.close()
+
+
+def test_prompts_are_cut_only_where_the_backend_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a prompt leaves does not depend on who else was there."""
+    fake = WatchedBackend(next_token=mixed, runs_ahead=True)
+    fake.prefill_cut = fake.prefill_chunk = 96
+    ends: list[int] = []
+    prefill = fake.prefill
+
+    def watched(state: FakeState, tokens: Sequence[int]) -> None:
+        prefill(state, tokens)
+        ends.append(state.position)
+
+    monkeypatch.setattr(fake, "prefill", watched)
+    scheduler = Scheduler(Engine(fake))
+    requests = [Request(tuple(range(i, 200)) * 3, max_tokens=30) for i in range(5)]
+    readers = [Reader(scheduler, request) for request in requests]
+    for request, reader in zip(requests, readers, strict=True):
+        assert reader.read() == alone(request)
+    scheduler.close()
+    wholes = {len(request.prompt) - 1 for request in requests}
+    assert wholes <= set(ends)
+    assert all(end % 96 == 0 for end in ends if end < min(wholes))
+    assert len(ends) > 6 * 5

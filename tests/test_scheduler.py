@@ -112,7 +112,7 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
     with running({"most_running": 2}, max_context=100_000, delay=0.001) as (scheduler, _):
         talker = Reader(scheduler, Request((1,), max_tokens=3000))
         talker.read(10)
-        long = Reader(scheduler, Request(tuple(i % 250 for i in range(20_000)), max_tokens=1))
+        long = Reader(scheduler, Request(tuple(i % 250 for i in range(80_000)), max_tokens=1))
         before = len(talker.tokens)
         long.read()
         talker.tokens += talker.ticket.take()

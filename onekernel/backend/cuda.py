@@ -71,7 +71,7 @@ class CudaBackend(StepwiseBackend[State]):
 
     name = "cuda"
     runs_ahead = True
-    prefill_chunk = MOST_CHUNK_TOKENS
+    prefill_chunk = prefill_cut = MOST_CHUNK_TOKENS
 
     def __init__(
         self,

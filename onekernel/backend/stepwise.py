@@ -34,6 +34,7 @@ class StepwiseBackend(ABC, Generic[StateT]):
     """Implements `prefill`, `generate`, `batch` and `logits` of the Backend protocol on one method, `_consume`."""
 
     prefill_chunk = 512
+    prefill_cut = 1  # a bit more or less counts less here than streams that stand still
     runs_ahead = False
     most_slots = 1
 

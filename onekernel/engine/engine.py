@@ -32,6 +32,8 @@ class Engine:
         self.shape: Shape = backend.shape
         self.max_context = backend.max_context
         """Tokens that one session can hold."""
+        self.prefill_cut = backend.prefill_cut
+        self.runs_ahead = backend.runs_ahead
         self.most_slots = backend.most_slots
         """Sequences that one step serves at about the price of one; 1: they take turns."""
 

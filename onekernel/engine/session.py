@@ -188,6 +188,13 @@ class Session:
         """Whether the session has a state of its own on the backend."""
         return self._state is not None
 
+    @property
+    def pending(self) -> int:
+        """Tokens of the timeline that are not consumed yet, as far as can be told without asking the backend."""
+        if self._state is not None:
+            return len(self._tokens) - int(self._state.position)
+        return len(self._tokens) - (len(self._anchor.tokens) - 1 if self._anchor and self._anchor.tokens else 0)
+
     # ---- for together.py: runs of many sessions ----
 
     def ready(self, backend: Backend) -> tuple[Any, list[int]]:

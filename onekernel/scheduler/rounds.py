@@ -20,12 +20,11 @@ from onekernel.scheduler.request import Ticket
 from onekernel.scheduler.room import Room
 from onekernel.scheduler.turn import Turn
 
-DECODE_S = 0.05  # of one round while others wait for something else
+DECODE_S = 0.025  # of one round while others wait for something else
 LONG_STEPS = 256  # while nobody waits: each run costs the engine a new start. It ends when somebody comes.
 LONG_S = 0.5  # and no longer, for a backend that cannot end a run early
-PREFILL_S = 0.05  # that streams may stand still in one round
+PREFILL_S = 0.025  # that streams may stand still in one round
 PREFILL_TOKENS = (32, 2048)  # least and most of one part of a prompt
-PREFILL_GRAIN = 64  # parts end at multiples of it: the kernels work in chunks, so cutting there changes no bit
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
 
 
@@ -47,7 +46,7 @@ class Rounds:
         self._engine = engine
         self._cache = cache
         self._others_wait = others_wait
-        self._step_s = DECODE_S / 8  # what a step takes, roughly
+        self._step_s = DECODE_S / 4  # what a step takes, roughly
         self._prefill_s = PREFILL_S / PREFILL_TOKENS[0]  # the same of a token of a prompt
         self._slots = 1
 
@@ -94,12 +93,13 @@ class Rounds:
         spent = 0.0
         while waiting and spent < PREFILL_S:
             turn = min(waiting, key=lambda turn: (turn.request.priority, turn.served))
-            before = turn.unread
+            before, started_at = turn.unread, time.perf_counter()
             least, most = PREFILL_TOKENS
             part = min(max(int((PREFILL_S - spent) / self._prefill_s), least), most)
             self._guarded(turn, partial(self._read, turn, part))
             read = before - turn.unread
-            spent += read * self._prefill_s
+            left_to_the_run = 0 if self._engine.runs_ahead or turn.unread else read * self._prefill_s
+            spent += max(time.perf_counter() - started_at, left_to_the_run)
             turn.served += read * min(1.0, self._prefill_s / self._step_s)
             waiting = [turn for turn in waiting if turn in self.running and not turn.parked]
             waiting = [turn for turn in waiting if turn.unread or turn.stops]
@@ -107,23 +107,23 @@ class Rounds:
                 return
 
     def _read(self, turn: Turn, part: int) -> None:
-        """Read a part of the prompt. The last one is left to the first run, which reads it together with making a
-        token, unless there is a snapshot to take before."""
-        session, prompt = turn.session, turn.request.prompt
-        least, _ = PREFILL_TOKENS
+        """Read about so many tokens of the prompt.
+
+        A backend that does not run ahead reads the last part together with making the first token, which is left to
+        the first run then.
+        """
+        session, prompt, cut = turn.session, turn.request.prompt, self._engine.prefill_cut
         stop = turn.stops[0] if turn.stops else len(prompt)
-        end = len(session) + part
-        if end < stop and end // PREFILL_GRAIN * PREFILL_GRAIN > len(session):
-            end = end // PREFILL_GRAIN * PREFILL_GRAIN
-        count = min(end, stop) - len(session)
+        consumed = max(0, len(session) - 1)  # the last token stays pending
+        goal = max((consumed + part) // cut, consumed // cut + 1) * cut
+        count = min(goal + 1, stop) - len(session)
         started_at = time.perf_counter()
         session.extend(prompt[len(session) :][:count])
         self.prefilled += count
-        if not turn.unread and not turn.stops:
+        if not (turn.unread or turn.stops or self._engine.runs_ahead):
             return
         session.prefill()
-        if count >= least:
-            self._prefill_s += 0.5 * ((time.perf_counter() - started_at) / count - self._prefill_s)
+        self._prefill_timed(time.perf_counter() - started_at, count)
         if turn.stops and stop == len(session):
             turn.stops.pop(0)
             self._keep(turn)
@@ -137,8 +137,12 @@ class Rounds:
         count = min(turn.allowance, self._steps(DECODE_S) if waited else LONG_STEPS)
         stream = session.stream(request.sampling, count, request.stop_tokens, request.constraint, turn.generated)
         started_at, before, last = time.perf_counter(), turn.generated, None
+        pending = session.pending
         with closing(stream):
             for token in stream:
+                if pending > 1:
+                    self._prefill_timed(time.perf_counter() - started_at - self._step_s, pending)
+                    pending = 0
                 turn.push(token)
                 last = token.id
                 if turn.ticket.cancelled or (not waited and self._others_wait(0)):
@@ -167,6 +171,7 @@ class Rounds:
         waited = others_wait(0) or any(turn not in left for turn in self.running)
         started_at = time.perf_counter()
         times: list[float] = []  # at which steps came
+        pending = sum(turn.session.pending - 1 for turn in turns)
 
         def interrupted() -> bool:
             if any(turn.ticket.cancelled for turn in turns if turn.ticket.finish_reason is None):
@@ -195,6 +200,8 @@ class Rounds:
             for turn in turns:
                 self._drop(turn, error)
             return
+        if times:
+            self._prefill_timed(times[0] - started_at - self._step_s, pending)
         if len(times) > 1:  # the first one reads the rest of prompts, too
             self._timed((times[-1] - times[0]) / (len(times) - 1))
         for turn in turns:
@@ -219,6 +226,12 @@ class Rounds:
     def _steps(self, seconds: float) -> int:
         """That take so long, roughly."""
         return max(1, min(int(seconds / self._step_s), LONG_STEPS))
+
+    def _prefill_timed(self, seconds: float, tokens: int) -> None:
+        """So many tokens of prompts took so long."""
+        least, _ = PREFILL_TOKENS
+        if tokens >= least:
+            self._prefill_s += 0.5 * (max(seconds, 1e-6) / tokens - self._prefill_s)
 
     def _timed(self, seconds: float) -> None:
         """A step took so long."""

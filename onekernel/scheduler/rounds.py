@@ -23,6 +23,7 @@ from onekernel.scheduler.turn import Turn
 DECODE_S = 0.025  # of one round while others wait for something else
 LONG_STEPS = 256  # while nobody waits: each run costs the engine a new start. It ends when somebody comes.
 LONG_S = 0.5  # and no longer, for a backend that cannot end a run early
+QUIET_PREFILL_S = 0.1  # of one round without streams: cancelling and newcomers wait for so long
 PREFILL_S = 0.025  # that streams may stand still in one round
 PREFILL_TOKENS = (32, 2048)  # least and most of one part of a prompt
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
@@ -88,14 +89,15 @@ class Rounds:
     # ---- prompts ----
 
     def _read_prompts(self) -> None:
-        """Read parts of prompts for about PREFILL_S, or until all are read."""
+        """Read parts of prompts until the time for that is over, or all are read."""
         waiting = [turn for turn in self.running if not turn.parked and (turn.unread or turn.stops)]
-        spent = 0.0
-        while waiting and spent < PREFILL_S:
+        streams = any(turn.generated and not turn.parked for turn in self.running)
+        most_s, spent = PREFILL_S if streams else QUIET_PREFILL_S, 0.0
+        while waiting and spent < most_s:
             turn = min(waiting, key=lambda turn: (turn.request.priority, turn.served))
             before, started_at = turn.unread, time.perf_counter()
             least, most = PREFILL_TOKENS
-            part = min(max(int((PREFILL_S - spent) / self._prefill_s), least), most)
+            part = min(max(int((most_s - spent) / self._prefill_s), least), most)
             self._guarded(turn, partial(self._read, turn, part))
             read = before - turn.unread
             left_to_the_run = 0 if self._engine.runs_ahead or turn.unread else read * self._prefill_s

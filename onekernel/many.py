@@ -83,7 +83,8 @@ def generate_many(
     """One completion a prompt, in their order. See Model.generate_many."""
     news: SimpleQueue[int] = SimpleQueue()  # answers that have something new, by their place
     growing: list[Growing] = []
-    scheduler = Scheduler(engine, most_running=concurrency(engine, max_concurrent), most_waiting=len(prompts))
+    most = concurrency(engine, max_concurrent)
+    scheduler = Scheduler(engine, most_running=most, most_waiting=len(prompts), deterministic=True)
     try:
         for i, prompt in enumerate(prompts):
             parser = AnswerParser(tokenizer, stop=stop, end_tokens=stop_tokens)

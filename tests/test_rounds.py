@@ -299,3 +299,14 @@ def test_prompts_are_cut_only_where_the_backend_says(monkeypatch: pytest.MonkeyP
     assert wholes <= set(ends)
     assert all(end % 96 == 0 for end in ends if end < min(wholes))
     assert len(ends) > 6 * 5
+
+
+def test_deterministic_requests_run_as_one_of_many_even_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = WatchedBackend(next_token=mixed)
+    runs = Runs(fake, monkeypatch)
+    scheduler = Scheduler(Engine(fake), deterministic=True)
+    request = Request((1,), max_tokens=400)
+    assert Reader(scheduler, request).read() == alone(request)
+    scheduler.close()
+    assert sum(runs.steps) == 400
+    assert "generate" not in fake.calls

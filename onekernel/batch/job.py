@@ -111,7 +111,8 @@ def run(
     # A line that asks for several choices submits them all at once: the queue has room for them.
     workers = concurrency(model.engine, max_concurrent)
     waiting = workers * Settings.most_choices
-    service = Service(model, Settings(model_name=name, most_running=workers, most_waiting=waiting))
+    settings = Settings(model_name=name, most_running=workers, most_waiting=waiting, deterministic=True)
+    service = Service(model, settings)
     try:
         job = Job(service, output, len(plan.digests))
         asyncio.run(job.run(plan.lines(output.done), workers, report))

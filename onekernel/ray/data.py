@@ -34,7 +34,9 @@ class Worker:
         most = concurrency(self._model.engine, options.max_running or None)
         settings = options.settings()
         waiting = 2 * most * settings.most_choices
-        self._service = Service(self._model, replace(settings, most_running=most, most_waiting=waiting))
+        self._service = Service(
+            self._model, replace(settings, most_running=most, most_waiting=waiting, deterministic=True)
+        )
         self._answers = Answers(self._service)
         self._free = asyncio.Semaphore(2 * most)
         self._fields = fields

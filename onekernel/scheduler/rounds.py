@@ -33,9 +33,12 @@ class Rounds:
     """All that have read their prompt get a token a step. Of the time for prompts, who had least gets the next part; a
     token of a prompt counts as the part of a made one that it usually takes."""
 
-    def __init__(self, engine: Engine, cache: PrefixCache, others_wait: Callable[[int], bool]) -> None:
+    def __init__(
+        self, engine: Engine, cache: PrefixCache, others_wait: Callable[[int], bool], deterministic: bool = False
+    ) -> None:
         """Args:
         others_wait: whether requests wait outside that could start if so many of the running ones had ended.
+        deterministic: one request by itself runs as one of many, too.
         """
         self.running: list[Turn] = []
         """In the order in which they came."""
@@ -47,6 +50,7 @@ class Rounds:
         self._engine = engine
         self._cache = cache
         self._others_wait = others_wait
+        self._deterministic = deterministic
         self._step_s = DECODE_S / 4  # what a step takes, roughly
         self._prefill_s = PREFILL_S / PREFILL_TOKENS[0]  # the same of a token of a prompt
         self._slots = 1
@@ -79,7 +83,7 @@ class Rounds:
         self.room.bring_back(self.running)
         self._read_prompts()
         ready = [turn for turn in self.running if not turn.parked and not turn.unread and not turn.stops]
-        if len(ready) == 1 and len(self.running) == 1:
+        if len(ready) == 1 and len(self.running) == 1 and not self._deterministic:
             self._guarded(ready[0], partial(self._decode_alone, ready[0]))
         elif ready:
             if len(ready) > self._slots:

@@ -193,6 +193,7 @@ class Service:
             most_running=settings.most_running,
             most_waiting=settings.most_waiting,
             cache_bytes=settings.cache_bytes,
+            deterministic=settings.deterministic,
         )
         self.grammars = Grammars(model.tokenizer)
         # Takes a second for a large vocabulary: meanwhile requests without a grammar are served.

@@ -52,6 +52,6 @@ def test_prompts_in_company_are_continued_as_alone(model, options) -> None:
     rng = random.Random(3)
     prompts = [[rng.randrange(model.engine.shape.vocab // 2) for _ in range(rng.randint(1, 90))] for _ in range(COUNT)]
     many = model.generate_many(prompts, max_tokens=40, max_concurrent=24, **options)
-    alone = [model.generate(prompt, max_tokens=40, **options) for prompt in prompts]
+    alone = model.generate_many(prompts, max_tokens=40, max_concurrent=1, **options)
     different = [i for i in range(COUNT) if many[i].tokens != alone[i].tokens]
     assert not different, f"{len(different)} of {COUNT} prompts: {different}"

@@ -25,6 +25,7 @@ LONG_STEPS = 256  # while nobody waits: each run costs the engine a new start. I
 LONG_S = 0.5  # and no longer, for a backend that cannot end a run early
 QUIET_PREFILL_S = 0.1  # of one round without streams: cancelling and newcomers wait for so long
 PREFILL_S = 0.025  # that streams may stand still in one round
+OVERTIME = 1.25  # a further part is read if it is expected to end before so many times that
 PREFILL_TOKENS = (32, 2048)  # least and most of one part of a prompt
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
 
@@ -108,6 +109,9 @@ class Rounds:
             turn = min(waiting, key=lambda turn: (turn.request.priority, turn.served))
             before, started_at = turn.unread, time.perf_counter()
             least, most = PREFILL_TOKENS
+            smallest = min(before, max(least, self._engine.prefill_cut))
+            if spent and spent + smallest * self._prefill_s > OVERTIME * most_s:
+                return
             part = min(max(int((most_s - spent) / self._prefill_s), least), most)
             self._guarded(turn, partial(self._read, turn, part))
             read = before - turn.unread

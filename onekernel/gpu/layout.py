@@ -41,8 +41,8 @@ class Layout:
     shared_memory: int  # bytes that one block may use
     ring_stages: int
     batch_groups: int = BATCH_GROUPS[0]
-    layer_stages_in_flight: int = 2
-    head_stages_in_flight: int = 3
+    layer_halves_in_flight: int = 4  # of stages, on their way into the ring of a block at a time
+    head_halves_in_flight: int = 8
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0
@@ -113,8 +113,8 @@ class Layout:
             "RING_STAGES": self.ring_stages,
             "SHARED_MEMORY": self.shared_memory,
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),  # see ring.cuh
-            "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
-            "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
+            "LAYER_HALVES_IN_FLIGHT": min(self.layer_halves_in_flight, 2 * self.ring_stages),
+            "HEAD_HALVES_IN_FLIGHT": min(self.head_halves_in_flight, 2 * self.ring_stages),
             "ACTIVATION_COLUMNS": activation_columns(s),
             "RESIDUAL_ROWS": residual_rows(s, self.blocks),
             "BLOCKS": self.blocks,
@@ -130,11 +130,11 @@ class Layout:
 
     @property
     def channel_words(self) -> int:
-        """32-bit words of one copy of the vectors that blocks exchange (`Channels` in state.cuh)."""
+        """32-bit words of one buffer of the vectors that blocks exchange (`Channels` in state.cuh)."""
         s = self.shape
-        projected = max(projected_linear(s), projected_full(s))
-        partial = s.heads * self.splits * (s.head_dim + 4)
-        return 2 * s.hidden + -(-projected // 4) * 4 + max(2 * s.value_dim, s.query_dim) + partial + s.intermediate
+        twice = 2 * s.hidden + max(s.value_dim * 3 // 2, s.query_dim) + s.intermediate
+        once = max(projected_linear(s), projected_full(s)), s.heads * self.splits * (s.head_dim + 4)
+        return 2 * twice + sum(-(-words // 8) * 8 for words in once)
 
 
 def projected_linear(shape: Shape) -> int:
@@ -164,8 +164,8 @@ def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
     """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu, which checks the sum)."""
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
-    sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4
-    counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
+    sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4 + 4 * 2 * shape.key_head_dim
+    counters = 16 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
     return max(2 * activation_columns(shape), attention) + sums + counters + 4 * residual_rows(shape, blocks) + 512
 
 

@@ -15,7 +15,7 @@ constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
 
 struct Shared {
     alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
-    u64 arrivals[RING_STAGES];
+    u64 arrivals[2 * RING_STAGES];
     u32 released[CONSUMER_WARPS];
     u32 landed, total;
     union {  // attention and sampling begin when the last matrix is done, and end before the next input arrives
@@ -23,6 +23,7 @@ struct Shared {
         AttentionScratch attention;
         SamplingScratch sampling;
     };
+    HeadInputs head_inputs;
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
@@ -49,9 +50,10 @@ struct Producer {
     RingPosition next;  // the stage to fill
     Shared* shared;
     Watchdog watchdog;
+    Flight flight;
     bool finished;
 
-    // Streams this block's rows of one matrix; at most `in_flight` stages are on their way at a time.
+    // Streams this block's rows of one matrix; at most `in_flight` halves of stages are on their way at a time.
     __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
         int tiles = columns / CONSUMER_WARPS / 32, groups = (rows + 7) / 8;
         int left = first_group(groups, blockIdx.x + 1) - first_group(groups, blockIdx.x);
@@ -64,22 +66,21 @@ struct Producer {
     }
 
     __device__ __forceinline__ void stage(u32 in_flight, u32 bytes) {
-        while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
-            if (shared->finished) {
-                finished = true;
-                return;
-            }
+        auto ended = [&] {
             watchdog.check();
-        }
+            return finished = shared->finished;
+        };
+        while (!slot_is_free(ring, next))
+            if (ended()) return;
+        if (!fill_stage(ring, flight, next, source, bytes, in_flight, ended)) return;
         watchdog.spins = 0;
-        fill_stage(ring, next, source, bytes);
         next.advance();
         source += bytes;
     }
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), {0, 0, 0, 0}, false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[blockIdx.x];
         bool head = a.all_logits || step >= a.given - 1 + a.no_head;
@@ -89,7 +90,7 @@ __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared
             bool full = is_full(layer % LAYERS);
             int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
             int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
-            p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
+            p.matrix(rows, columns, which == 4 ? HEAD_HALVES_IN_FLIGHT : LAYER_HALVES_IN_FLIGHT);
         }
     }
     finish_filling(ring, p.next);
@@ -184,7 +185,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 weights.gated_norm = weights.dt_bias + VALUE_HEADS;
                 weights.conv_window = (float*)state + (layer - full) * LINEAR_STATE;
                 weights.recurrent_state = weights.conv_window + 4 * CONV_DIM;
-                linear_attention(c, weights, channels, squares, tag);
+                linear_attention(c, weights, shared.head_inputs, channels, squares, tag);
                 if (QUERY_DIM != VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             }
             // out_proj and o_proj are one piece of code where they are of one size: the fewer instructions a layer has,

@@ -43,6 +43,7 @@ class Layout:
     batch_groups: int = BATCH_GROUPS[0]
     layer_halves_in_flight: int = 4  # of stages, on their way into the ring of a block at a time
     head_halves_in_flight: int = 8
+    l2_ahead_bytes: int = 0  # how far ahead of the ring a block asks for weights in L2
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0
@@ -115,6 +116,7 @@ class Layout:
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),  # see ring.cuh
             "LAYER_HALVES_IN_FLIGHT": min(self.layer_halves_in_flight, 2 * self.ring_stages),
             "HEAD_HALVES_IN_FLIGHT": min(self.head_halves_in_flight, 2 * self.ring_stages),
+            "L2_AHEAD_BYTES": self.l2_ahead_bytes,
             "ACTIVATION_COLUMNS": activation_columns(s),
             "RESIDUAL_ROWS": residual_rows(s, self.blocks),
             "BLOCKS": self.blocks,

@@ -46,8 +46,8 @@ __device__ __forceinline__ Watchdog ring_watchdog(const DecodeArguments& a) {
 
 struct Producer {
     Ring ring;
-    const u8* source;
-    RingPosition next;  // the stage to fill
+    const u8 *source, *begin, *end;  // of the block's tape
+    RingPosition next;               // the stage to fill
     Shared* shared;
     Watchdog watchdog;
     Flight flight;
@@ -76,13 +76,20 @@ struct Producer {
         watchdog.spins = 0;
         next.advance();
         source += bytes;
+        if (L2_AHEAD_BYTES > 0 && threadIdx.x % 32 == 0) {
+            const u8* ahead = source + L2_AHEAD_BYTES;
+            if (ahead + STAGE_BYTES > end) ahead -= end - begin;
+            if (ahead >= begin) bulk_prefetch(ahead, bytes);
+        }
     }
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), {0, 0, 0, 0}, false};
+    Producer p{ring, nullptr, nullptr, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), {0, 0, 0, 0}, false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
-        p.source = a.tape + a.tape_offsets[blockIdx.x];
+        p.source = p.begin = a.tape + a.tape_offsets[blockIdx.x];
+        int head_groups = first_group((VOCAB + 7) / 8, blockIdx.x + 1) - first_group((VOCAB + 7) / 8, blockIdx.x);
+        p.end = p.begin + a.head_offsets[blockIdx.x] + (long long)head_groups * 16 * HIDDEN;
         bool head = a.all_logits || step >= a.given - 1 + a.no_head;
 #pragma unroll 1
         for (int i = 0; i < 4 * LAYERS + head && !p.finished; ++i) {

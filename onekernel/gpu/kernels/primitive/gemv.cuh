@@ -179,10 +179,10 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
     constexpr int GROUPS = (ROWS + 7) / 8;
     c.locate();
     int group = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
-    squares = warp_sum(squares);
     Slice<TILES> x(c);
     uint4 even[TILES_PER_STAGE], odd[TILES_PER_STAGE];
     if (group < end) fetch_stage<(TILES < TILES_PER_STAGE ? TILES : TILES_PER_STAGE)>(c, even);
+    squares = warp_sum(squares);
     while (group < end) {
         int count = min(BATCH_GROUPS, end - group);
         finish.prepare(group, count);

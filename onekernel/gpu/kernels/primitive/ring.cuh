@@ -85,6 +85,16 @@ __device__ __forceinline__ void bulk_copy(void* shared, const u8* global, u32 by
         : "memory");
 }
 
+// Asks for weights in L2, ahead of the copies that bring them from there: those then take a shorter way, and fewer of them
+// have to be on it at a time.
+__device__ __forceinline__ void bulk_prefetch(const u8* global, u32 bytes) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+        "cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, policy;}" ::"l"(global),
+        "r"(bytes)
+        : "memory");
+}
+
 __device__ __forceinline__ void ring_init(Ring& ring) {
     for (int i = 0; i < 2 * RING_STAGES; ++i) mbarrier_init(ring.arrivals + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -140,6 +150,7 @@ __device__ __forceinline__ void watch_landings(Ring& ring, Watchdog watchdog) {
 
 #else
 
+__device__ __forceinline__ void bulk_prefetch(const u8*, u32) {}
 struct Flight {
     u32 slot, half, parity, count;  // not used: fill_stage itself waits for earlier copies
 };

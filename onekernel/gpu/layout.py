@@ -41,9 +41,8 @@ class Layout:
     shared_memory: int  # bytes that one block may use
     ring_stages: int
     batch_groups: int = BATCH_GROUPS[0]
-    layer_halves_in_flight: int = 4  # of stages, on their way into the ring of a block at a time
-    head_halves_in_flight: int = 8
-    l2_ahead_bytes: int = 0  # how far ahead of the ring a block asks for weights in L2
+    layer_stages_in_flight: int = 2
+    head_stages_in_flight: int = 4
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0
@@ -114,9 +113,8 @@ class Layout:
             "RING_STAGES": self.ring_stages,
             "SHARED_MEMORY": self.shared_memory,
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),  # see ring.cuh
-            "LAYER_HALVES_IN_FLIGHT": min(self.layer_halves_in_flight, 2 * self.ring_stages),
-            "HEAD_HALVES_IN_FLIGHT": min(self.head_halves_in_flight, 2 * self.ring_stages),
-            "L2_AHEAD_BYTES": self.l2_ahead_bytes,
+            "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
+            "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
             "ACTIVATION_COLUMNS": activation_columns(s),
             "RESIDUAL_ROWS": residual_rows(s, self.blocks),
             "BLOCKS": self.blocks,
@@ -167,7 +165,7 @@ def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
     sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4 + 4 * 2 * shape.key_head_dim
-    counters = 16 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
+    counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
     return max(2 * activation_columns(shape), attention) + sums + counters + 4 * residual_rows(shape, blocks) + 512
 
 

@@ -15,7 +15,7 @@ constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
 
 struct Shared {
     alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
-    u64 arrivals[2 * RING_STAGES];
+    u64 arrivals[RING_STAGES];
     u32 released[CONSUMER_WARPS];
     u32 landed, total;
     union {  // attention and sampling begin when the last matrix is done, and end before the next input arrives
@@ -46,14 +46,13 @@ __device__ __forceinline__ Watchdog ring_watchdog(const DecodeArguments& a) {
 
 struct Producer {
     Ring ring;
-    const u8 *source, *begin, *end;  // of the block's tape
-    RingPosition next;               // the stage to fill
+    const u8* source;
+    RingPosition next;  // the stage to fill
     Shared* shared;
     Watchdog watchdog;
-    Flight flight;
     bool finished;
 
-    // Streams this block's rows of one matrix; at most `in_flight` halves of stages are on their way at a time.
+    // Streams this block's rows of one matrix; at most `in_flight` stages are on their way at a time.
     __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
         int tiles = columns / CONSUMER_WARPS / 32, groups = (rows + 7) / 8;
         int left = first_group(groups, blockIdx.x + 1) - first_group(groups, blockIdx.x);
@@ -66,30 +65,24 @@ struct Producer {
     }
 
     __device__ __forceinline__ void stage(u32 in_flight, u32 bytes) {
-        auto ended = [&] {
+        while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
+            if (shared->finished) {
+                finished = true;
+                return;
+            }
             watchdog.check();
-            return finished = shared->finished;
-        };
-        while (!slot_is_free(ring, next))
-            if (ended()) return;
-        if (!fill_stage(ring, flight, next, source, bytes, in_flight, ended)) return;
+        }
         watchdog.spins = 0;
+        fill_stage(ring, next, source, bytes);
         next.advance();
         source += bytes;
-        if (L2_AHEAD_BYTES > 0 && threadIdx.x % 32 == 0) {
-            const u8* ahead = source + L2_AHEAD_BYTES;
-            if (ahead + STAGE_BYTES > end) ahead -= end - begin;
-            if (ahead >= begin) bulk_prefetch(ahead, bytes);
-        }
     }
 };
 
 __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, nullptr, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), {0, 0, 0, 0}, false};
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
     for (int step = 0; step < a.steps && !p.finished; ++step) {
-        p.source = p.begin = a.tape + a.tape_offsets[blockIdx.x];
-        int head_groups = first_group((VOCAB + 7) / 8, blockIdx.x + 1) - first_group((VOCAB + 7) / 8, blockIdx.x);
-        p.end = p.begin + a.head_offsets[blockIdx.x] + (long long)head_groups * 16 * HIDDEN;
+        p.source = a.tape + a.tape_offsets[blockIdx.x];
         bool head = a.all_logits || step >= a.given - 1 + a.no_head;
 #pragma unroll 1
         for (int i = 0; i < 4 * LAYERS + head && !p.finished; ++i) {
@@ -97,7 +90,7 @@ __device__ __forceinline__ void produce(const DecodeArguments& a, Shared& shared
             bool full = is_full(layer % LAYERS);
             int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
             int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
-            p.matrix(rows, columns, which == 4 ? HEAD_HALVES_IN_FLIGHT : LAYER_HALVES_IN_FLIGHT);
+            p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
         }
     }
     finish_filling(ring, p.next);

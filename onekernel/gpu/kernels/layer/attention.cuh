@@ -67,6 +67,7 @@ __device__ __forceinline__ void norm_and_rope(float (&x)[DIMS], const NormAndRop
 // Receives a vector of a head's size; lane l gets dims 8 l to 8 l + 7.
 __device__ __forceinline__ void receive_head(float (&x)[DIMS], const u32* head, u32 tag, Consumer& c) {
     float4 v[2];
+    await_word(head + HEAD_DIM - 1, tag, c.watchdog);
     receive4_many<2>(v, head + c.lane * DIMS, 4, 2, tag, c.watchdog);
     x[0] = v[0].x, x[1] = v[0].y, x[2] = v[0].z, x[3] = v[0].w;
     x[4] = v[1].x, x[5] = v[1].y, x[6] = v[1].z, x[7] = v[1].w;

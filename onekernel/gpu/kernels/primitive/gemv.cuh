@@ -68,6 +68,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, const u32* cha
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;
     channel = copy_for<COLUMNS>(channel, c.block);
+    await_word(channel + start + COLUMNS / CONSUMER_WARPS - 1, tag, c.watchdog);
     for (int base = 0; base < PER_LANE; base += AT_ONCE) {
         int first = base * 32 + c.lane;
         int valid = (VECTORS - first + 31) / 32;

@@ -14,7 +14,7 @@ constexpr int STAGE_BYTES = CONSUMER_WARPS * TILES_PER_STAGE * 512;
 
 struct Ring {
     u8* slots;               // RING_STAGES x STAGE_BYTES
-    u64* arrivals;           // [RING_STAGES, 2] mbarriers, one for each half of a slot, where copies complete on them
+    u64* arrivals;           // one mbarrier a slot, where copies complete on mbarriers
     volatile u32* landed;    // stages
     volatile u32* released;  // [CONSUMER_WARPS] stages
     volatile u32* total;     // stages that were filled in all, once the producer has ended; 0 before
@@ -60,6 +60,8 @@ __device__ __forceinline__ bool slot_is_free(const Ring& ring, RingPosition at) 
 
 #if __CUDA_ARCH__ >= 900
 
+constexpr bool LIMITS_FLIGHT = true;  // the producer limits how many stages are on their way
+
 __device__ __forceinline__ void mbarrier_init(u64* b, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
 }
@@ -85,50 +87,17 @@ __device__ __forceinline__ void bulk_copy(void* shared, const u8* global, u32 by
         : "memory");
 }
 
-// Asks for weights in L2, ahead of the copies that bring them from there: those then take a shorter way, and fewer of them
-// have to be on it at a time.
-__device__ __forceinline__ void bulk_prefetch(const u8* global, u32 bytes) {
-    asm volatile(
-        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
-        "cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, policy;}" ::"l"(global),
-        "r"(bytes)
-        : "memory");
-}
-
 __device__ __forceinline__ void ring_init(Ring& ring) {
-    for (int i = 0; i < 2 * RING_STAGES; ++i) mbarrier_init(ring.arrivals + i, 1);
+    for (int i = 0; i < RING_STAGES; ++i) mbarrier_init(ring.arrivals + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// The halves of stages that one block asks for, in order. No more than a few are on their way at a time: the fewer, the
-// sooner the exchanges between blocks get through, which share the way with them.
-struct Flight {
-    u32 slot, half, parity, count;  // of the oldest half that may still be on its way; how many there are
-
-    __device__ __forceinline__ bool landed(const Ring& ring) const { return mbarrier_try_wait(ring.arrivals + 2 * slot + half, parity); }
-    __device__ __forceinline__ void forget_oldest() {
-        --count;
-        if (half ^= 1) return;
-        if (++slot == RING_STAGES) slot = 0, parity ^= 1;
+// Called by the whole producer warp, like all that follows.
+__device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
+    if (threadIdx.x % 32 == 0) {
+        mbarrier_expect(ring.arrivals + at.slot, bytes);
+        bulk_copy(ring.slots + at.slot * STAGE_BYTES, source, bytes, ring.arrivals + at.slot);
     }
-};
-// Called by the whole producer warp, like all that follows. False if the launch has ended meanwhile.
-template <class Ended>
-__device__ __forceinline__ bool fill_stage(Ring& ring, Flight& flight, RingPosition at, const u8* source, u32 bytes, u32 most, Ended ended) {
-#pragma unroll 1
-    for (u32 half = 0; half < 2; ++half) {
-        while (flight.count >= most) {
-            if (flight.landed(ring)) flight.forget_oldest();
-            else if (ended()) return false;
-        }
-        if (threadIdx.x % 32 == 0) {
-            u64* arrival = ring.arrivals + 2 * at.slot + half;
-            mbarrier_expect(arrival, bytes / 2);
-            bulk_copy(ring.slots + at.slot * STAGE_BYTES + half * (bytes / 2), source + half * (bytes / 2), bytes / 2, arrival);
-        }
-        __syncwarp();
-        ++flight.count;
-    }
-    return true;
+    __syncwarp();
 }
 __device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 
@@ -136,7 +105,7 @@ __device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 __device__ __forceinline__ void watch_landings(Ring& ring, Watchdog watchdog) {
     RingPosition at{0, 0, 0};
     while (true) {
-        if (mbarrier_try_wait(ring.arrivals + 2 * at.slot, at.round & 1) && mbarrier_try_wait(ring.arrivals + 2 * at.slot + 1, at.round & 1)) {
+        if (mbarrier_try_wait(ring.arrivals + at.slot, at.round & 1)) {
             at.advance();
             if (threadIdx.x % 32 == 0) *ring.landed = at.stage;
             watchdog.spins = 0;
@@ -150,10 +119,8 @@ __device__ __forceinline__ void watch_landings(Ring& ring, Watchdog watchdog) {
 
 #else
 
-__device__ __forceinline__ void bulk_prefetch(const u8*, u32) {}
-struct Flight {
-    u32 slot, half, parity, count;  // not used: fill_stage itself waits for earlier copies
-};
+constexpr bool LIMITS_FLIGHT = false;  // fill_stage itself waits for earlier copies
+
 __device__ __forceinline__ void ring_init(Ring&) {}
 __device__ __forceinline__ void watch_landings(Ring&, Watchdog) {}
 __device__ __forceinline__ void mark_landed(Ring& ring, u32 stages) {
@@ -165,8 +132,7 @@ __device__ __forceinline__ void mark_landed(Ring& ring, u32 stages) {
 // COPIES_IN_FLIGHT stages of cp.async stay in flight behind the one being issued. A consumer releases a stage only when it
 // has fetched the next one: that one must count as landed without the slot of the stage that is still held.
 static_assert(COPIES_IN_FLIGHT + 2 <= RING_STAGES, "producer and consumers would wait for each other");
-template <class Ended>
-__device__ __forceinline__ bool fill_stage(Ring& ring, Flight&, RingPosition at, const u8* source, u32 bytes, u32, Ended) {
+__device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
     u8* slot = ring.slots + at.slot * STAGE_BYTES;
     for (u32 i = threadIdx.x % 32 * 16; i < bytes; i += 512)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(slot + i)), "l"(source + i) : "memory");
@@ -175,15 +141,13 @@ __device__ __forceinline__ bool fill_stage(Ring& ring, Flight&, RingPosition at,
         asm volatile("cp.async.wait_group %0;" ::"n"(COPIES_IN_FLIGHT) : "memory");
         mark_landed(ring, at.stage - COPIES_IN_FLIGHT + 1);
     }
-    return true;
 }
 __device__ __forceinline__ void finish_filling(Ring& ring, RingPosition end) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     mark_landed(ring, end.stage);
 }
 #else
-template <class Ended>
-__device__ __forceinline__ bool fill_stage(Ring& ring, Flight&, RingPosition at, const u8* source, u32 bytes, u32, Ended) {
+__device__ __forceinline__ void fill_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
     uint4* slot = (uint4*)(ring.slots + at.slot * STAGE_BYTES);
     const uint4* from = (const uint4*)source;
     u32 count = bytes / 16;
@@ -197,7 +161,6 @@ __device__ __forceinline__ bool fill_stage(Ring& ring, Flight&, RingPosition at,
     }
     for (; first < count; first += 32) slot[first] = __ldg(from + first);
     mark_landed(ring, at.stage + 1);
-    return true;
 }
 __device__ __forceinline__ void finish_filling(Ring&, RingPosition) {}
 #endif

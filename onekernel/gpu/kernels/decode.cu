@@ -23,6 +23,7 @@ struct Shared {
         AttentionScratch attention;
         SamplingScratch sampling;
     };
+    HeadInputs head_inputs;
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
@@ -184,7 +185,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 weights.gated_norm = weights.dt_bias + VALUE_HEADS;
                 weights.conv_window = (float*)state + (layer - full) * LINEAR_STATE;
                 weights.recurrent_state = weights.conv_window + 4 * CONV_DIM;
-                linear_attention(c, weights, channels, squares, tag);
+                linear_attention(c, weights, shared.head_inputs, channels, squares, tag);
                 if (QUERY_DIM != VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             }
             // out_proj and o_proj are one piece of code where they are of one size: the fewer instructions a layer has,

@@ -15,7 +15,7 @@ struct ActivationFinish {
         if (t >= groups * 4) return;
         float scale = inverse_rms<HIDDEN>(*consumer);
         float gate = sum(t / 4 * 8 + t % 4) * scale, up = sum(t / 4 * 8 + 4 + t % 4) * scale;
-        publish(activated + group * 4 + t, silu(gate) * up, tag);
+        publish_to_all<INTERMEDIATE>(activated, group * 4 + t, silu(gate) * up, tag);
     }
 };
 

@@ -1,7 +1,7 @@
 """The committed reports of GPU runs: of these kernel sources, and without a failure.
 
-benchmarks/gpu_pending.json names tests that a committed run did not carry out, with the error that each ended with. It
-excuses a test of that name with that very error, and nothing else.
+benchmarks/gpu_pending.json names what a committed run did not carry out: a list of {reason, explanation, tests,
+sanitizer, not_run}. It excuses a test or a tool of that name with that very error, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from onekernel.gpu import source
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 REPORTS = sorted((BENCHMARKS / "gpu").glob("*.json"))
-NOTHING: dict = {"reason": "", "tests": [], "sanitizer": []}
 
 
-def complaints(report: dict, digest: str, pending: dict = NOTHING) -> list[str]:
+def reasons(pending: list[dict], kind: str, name: str) -> list[str]:
+    """The errors that are excused for a test or a tool."""
+    return [entry["reason"] for entry in pending if name in entry.get(kind, [])]
+
+
+def complaints(report: dict, digest: str, pending: list[dict] = []) -> list[str]:  # noqa: B006
     found = []
     if report["kernel_sources"] != digest:
         found.append("the kernel sources have changed since: run python tests/gpu/run.py on that GPU again")
     if any(not argument.startswith(("--durations", "--tb")) for argument in report["pytest_arguments"]):
         found.append(f"it may be a part: {report['command']}")
-    reason = pending["reason"]
     for test in report["tests"]:
-        excused = test["name"] in pending["tests"]
-        if test["outcome"] != "passed" and not (excused and reason in test["why"]):
+        excuses = reasons(pending, "tests", test["name"])
+        if test["outcome"] != "passed" and not any(reason in test["why"] for reason in excuses):
             found.append(f"{test['name']}: {test['outcome']}")
-        elif test["outcome"] == "passed" and excused:
+        elif test["outcome"] == "passed" and (excuses or reasons(pending, "not_run", test["name"])):
             found.append(f"{test['name']} passed: it is pending no longer")
     for tool, result in report.get("sanitizer", {}).items():
-        if not result["clean"] and not (tool in pending["sanitizer"] and reason in result.get("details", "")):
+        excuses = reasons(pending, "sanitizer", tool)
+        if not result["clean"] and not any(reason in result.get("details", "") for reason in excuses):
             found.append(f"{tool}: {result['says']}")
     if not any("test_soak" in test["name"] for test in report["tests"]):
         found.append("there is no soak")
@@ -43,7 +47,7 @@ def complaints(report: dict, digest: str, pending: dict = NOTHING) -> list[str]:
 def test_committed_report_is_of_these_sources_and_without_failure(path: Path) -> None:
     pending = json.loads((BENCHMARKS / "gpu_pending.json").read_text(encoding="utf-8"))
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert complaints(report, source.digest(), pending.get(path.stem, NOTHING)) == []
+    assert complaints(report, source.digest(), pending.get(path.stem, [])) == []
 
 
 def test_there_is_a_report() -> None:
@@ -68,7 +72,7 @@ def test_complaints_are_found() -> None:
 
 
 def test_pending_excuses_one_error_of_one_test() -> None:
-    pending = {"reason": "NameError: greedy", "tests": ["test_soak.py::test_x"], "sanitizer": ["memcheck"]}
+    pending = [{"reason": "NameError: greedy", "tests": ["test_soak.py::test_x"], "sanitizer": ["memcheck"]}]
 
     def run(name: str, why: str, outcome: str = "failed") -> dict:
         test = {"name": name, "outcome": outcome, "why": why}
@@ -78,6 +82,8 @@ def test_pending_excuses_one_error_of_one_test() -> None:
     assert complaints(run("test_soak.py::test_x", "AssertionError"), "abc", pending)
     assert complaints(run("test_soak.py::test_y", "E  NameError: greedy"), "abc", pending)
     assert "no longer" in complaints(run("test_soak.py::test_x", "", "passed"), "abc", pending)[0]
+    not_run = [{"reason": "", "not_run": ["test_soak.py::test_x"]}]
+    assert "no longer" in complaints(run("test_soak.py::test_x", "", "passed"), "abc", not_run)[0]
     tool = {"clean": False, "says": "1 error", "details": "out of bounds"}
     assert complaints(
         {**run("test_soak.py::test_x", "NameError: greedy"), "sanitizer": {"memcheck": tool}}, "abc", pending

@@ -15,12 +15,15 @@ from pathlib import Path
 
 KERNELS = Path(__file__).parents[2] / "onekernel" / "gpu" / "kernels"
 # The two sides of the ring, and the one place that reads its slots.
-PRODUCER = {"fill_stage", "slot_is_free", "watch_landings", "mark_landed", "stage"}  # stage: Producer's, in decode.cu
+PRODUCER = {"bulk_copy", "fill_stage", "slot_is_free", "watch_landings", "mark_landed", "stage"}  # stage: Producer's, in decode.cu
 CONSUMER = {"await_landed", "release_stage", "fetch_stage"}
 Stack = tuple[tuple[str, int], ...]  # file and line, the innermost function first
 
-REPORTED = re.compile(r"Race reported between (\w+) access at \w+\+0x([0-9a-f]+)")
-OTHER_SIDE = re.compile(r"and (\w+) access at \w+\+0x([0-9a-f]+)(?: \[(\d+) hazards\])?")
+# "decode+0x10", or where the tool knows the lines itself "void fetch_stage<(int)1>(Consumer &)+0x10 in gemv.cuh:128".
+ACCESS = r"(\w+) access at (.+)\+0x([0-9a-f]+)"
+REPORTED = re.compile(f"Race reported between {ACCESS}")
+OTHER_SIDE = re.compile(f"and {ACCESS}")
+NAME = re.compile(r"(\w+)(?:<[^(]*(?:\([^)]*\)[^(]*)*>)?\(")
 PLACE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)(?: inlined at "([^"]+)", line (\d+))?')
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s")
 DEFINITION = re.compile(r"__(?:device|global)__.*?\b(?!__)(\w+)\s*\(")
@@ -56,10 +59,17 @@ def races(output: str, listing: str) -> list[Race]:
     first: tuple[str, tuple[str, ...]] | None = None
     for line in output.splitlines():
         if match := REPORTED.search(line):
-            first = match[1], functions.get(int(match[2], 16), ("unknown",))
+            first = match[1], _place(functions, match[2], match[3])
         elif first and (match := OTHER_SIDE.search(line)):
-            found[Race(first, (match[1], functions.get(int(match[2], 16), ("unknown",))))] = None
+            found[Race(first, (match[1], _place(functions, match[2], match[3])))] = None
     return list(found)
+
+
+def _place(functions: dict[int, tuple[str, ...]], name: str, address: str) -> tuple[str, ...]:
+    """The functions of an access: from the listing, or else the one that the tool itself names."""
+    if stack := functions.get(int(address, 16)):
+        return stack
+    return (match[1],) if (match := NAME.search(name)) else ("unknown",)
 
 
 def stacks(listing: str) -> dict[int, Stack]:

@@ -77,7 +77,7 @@ def run_tool(tool: str) -> dict[str, Any]:
     ended = "made [" in output and len(summary) == 1
     clean = ended and code == 0 and bool(re.search(r": 0 ", summary[0]))
     result = {"clean": clean, "seconds": seconds, "says": " ".join(summary), "tokens": given + count}
-    if listing and ended:
+    if tool == "racecheck" and code not in (0, None) and ended:
         found = races.races(output, listing)
         strange = [race for race in found if not race.is_handshake]
         result["handshakes"] = sorted({str(race) for race in found if race.is_handshake})

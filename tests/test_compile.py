@@ -38,7 +38,7 @@ CASES = [
 REGISTERS = 168  # of 65,536 for 12 warps; on sm_90 and later the producers give theirs to the consumers
 # Bytes of instructions that store to and load from local memory: none or next to none where it was tuned, elsewhere the
 # largest measured and about a quarter more.
-TUNED = {("demo", "sm_90a"): 0, ("0.8b", "sm_90a"): 0, ("0.8b untied", "sm_90a"): 0, ("2b", "sm_90a"): 24, ("9b", "sm_90a"): 8}
+TUNED = {**{(n, "sm_90a"): 0 for n in ("demo", "0.8b", "0.8b untied")}, ("2b", "sm_90a"): 24, ("9b", "sm_90a"): 8}
 SPILLS = {"sm_75": 3000, "sm_80": 1100, "sm_86": 3900, "sm_87": 2400, "sm_89": 1000, "sm_90a": 600}
 SPILLS |= {"sm_100a": 2250, "sm_103a": 2250, "sm_110a": 3800, "sm_120a": 6200, "sm_121a": 5600}
 

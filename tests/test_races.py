@@ -58,14 +58,15 @@ def test_anything_else_is_a_race() -> None:
 
 
 def test_functions_that_the_tool_names_need_no_listing() -> None:
-    named = """
-========= Error: Race reported between Write access at bulk_copy(void *, const unsigned char *, unsigned int)+0x1ba20 in ring.cuh:86
-=========     and Read access at void fetch_stage<(int)1>(Consumer &, uint4 (&)[4])+0x1a40 in gemv.cuh:128 [131072 hazards]
-========= Error: Race reported between Read access at slot_is_free(const Ring &, RingPosition)+0x1b5e0 in ring.cuh:57
-=========     and Write access at release_stage(const Ring &, unsigned int, int, int)+0x1f90 in ring.cuh:50 [4228 hazards]
-========= Error: Race reported between Write access at watch_landings(Ring &, Watchdog)+0x1bef0 in ring.cuh:110
-=========     and Read access at await_landed(const Ring &, unsigned int, Watchdog &)+0x20c0 in ring.cuh:38 [4 hazards]
-=========     and Read access at void receive_activations<(int)256>(Consumer &, const unsigned int *)+0x20f0 in gemv.cuh:90
+    reported, other = "========= Error: Race reported between", "=========     and"
+    named = f"""
+{reported} Write access at bulk_copy(void *, const unsigned char *, unsigned int)+0x1ba20 in ring.cuh:86
+{other} Read access at void fetch_stage<(int)1>(Consumer &, uint4 (&)[4])+0x1a40 in gemv.cuh:128 [131072 hazards]
+{reported} Read access at slot_is_free(const Ring &, RingPosition)+0x1b5e0 in ring.cuh:57
+{other} Write access at release_stage(const Ring &, unsigned int, int, int)+0x1f90 in ring.cuh:50 [4228 hazards]
+{reported} Write access at watch_landings(Ring &, Watchdog)+0x1bef0 in ring.cuh:110
+{other} Read access at await_landed(const Ring &, unsigned int, Watchdog &)+0x20c0 in ring.cuh:38 [4 hazards]
+{other} Read access at void receive_activations<(int)256>(Consumer &, const unsigned int *)+0x20f0 in gemv.cuh:90
 """
     found = races.races(named, "")
     assert [race.is_handshake for race in found] == [True, True, True, False]

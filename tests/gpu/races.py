@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNELS = Path(__file__).parents[2] / "onekernel" / "gpu" / "kernels"
-# The two sides of the ring, and the one place that reads its slots.
-PRODUCER = {"bulk_copy", "fill_stage", "slot_is_free", "watch_landings", "mark_landed", "stage"}  # stage: Producer's, in decode.cu
+# The two sides of the ring, and the one place that reads its slots; `stage` is the Producer's, in decode.cu.
+PRODUCER = {"bulk_copy", "fill_stage", "slot_is_free", "watch_landings", "mark_landed", "stage"}
 CONSUMER = {"await_landed", "release_stage", "fetch_stage"}
 Stack = tuple[tuple[str, int], ...]  # file and line, the innermost function first
 

@@ -1,0 +1,186 @@
+"""What the host and the batch kernel must agree on: columns, shared memory, scratch memory, and the argument structs."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from onekernel.checkpoint.shape import Shape
+from onekernel.errors import NotEnoughMemory, UnsupportedModel
+from onekernel.gpu.layout import (
+    CONSUMER_WARPS,
+    COMFORTABLE_STAGES,
+    LEAST_STAGES,
+    MOST_STAGES,
+    MOST_STOP_TOKENS,
+    SHARED_RESERVED,
+    STAGE_BYTES,
+    Layout,
+    enums,
+    projected_full,
+    projected_linear,
+    residual_rows,
+)
+from onekernel.gpu.sampling import SamplingArguments
+from onekernel.gpu.structure import ctypes_fields, source_of
+
+BUCKETS = (8, 16, 32, 64, 128, 256)  # rows that a compiled kernel has columns for
+MOST_COLUMN_GROUPS = 8  # of 8 rows each, multiplied together
+LEAST_SPLIT, MOST_SPLITS = 64, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
+HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
+ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, squares
+
+
+def bucket_of(rows: int) -> int:
+    """The columns of the kernel for so many rows.
+
+    Raises:
+        UnsupportedModel: more rows than any kernel has.
+    """
+    for bucket in BUCKETS:
+        if rows <= bucket:
+            return bucket
+    raise UnsupportedModel(f"the batch kernel takes up to {BUCKETS[-1]} sequences a step, not {rows}: use fewer slots")
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The batch kernel of one bucket, on the chip and for the weights of a decode kernel's layout."""
+
+    decode: Layout
+    columns: int
+    column_groups: int
+    ring_stages: int
+    layer_stages_in_flight: int = 2
+    head_stages_in_flight: int = 3
+
+    @classmethod
+    def plan(cls, decode: Layout, columns: int) -> BatchLayout:
+        """As many columns a pass as the chip's shared memory allows with a comfortable ring.
+
+        Raises:
+            NotEnoughMemory: not even 8 columns a pass fit.
+        """
+        assert columns in BUCKETS
+        usable = decode.shared_memory - SHARED_RESERVED
+        groups = min(MOST_COLUMN_GROUPS, columns // 8)
+        while True:
+            stages = min(MOST_STAGES, (usable - _scratch_bytes(decode, columns, groups)) // STAGE_BYTES)
+            if stages >= COMFORTABLE_STAGES or groups == 1:
+                break
+            groups //= 2
+        if stages < LEAST_STAGES:
+            raise NotEnoughMemory(
+                f"the batch kernel for {columns} sequences does not fit into the {usable} bytes of shared memory of this "
+                "chip: use fewer slots"
+            )
+        return cls(decode, columns, groups, stages)
+
+    @property
+    def shape(self) -> Shape:
+        return self.decode.shape
+
+    def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
+        layout = self.decode
+        return layout.constants() | {
+            "RING_STAGES": self.ring_stages,
+            "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),
+            "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
+            "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
+            "COLUMN_GROUPS": self.column_groups,
+            "PASSES": self.columns // (8 * self.column_groups),
+        }
+
+    def declarations(self) -> str:
+        return f"{enums()}\n{BatchArguments.source()}"
+
+    def scratch(self, most_splits: int) -> dict[str, int]:
+        """Bytes of each scratch array; `most_splits`: of any row's context (see `splits`)."""
+        s, n = self.shape, self.columns
+        projected = -(-max(projected_linear(s), projected_full(s)) // 4) * 4
+        return {
+            "input": 2 * n * s.hidden,
+            "squares": 4 * n * self.decode.blocks,
+            "projected": 4 * n * projected,
+            "mixed": 2 * n * max(s.value_dim, s.query_dim),
+            "activated": 2 * n * s.intermediate,
+            "partial": 4 * n * s.heads * most_splits * (s.head_dim + 4),
+            "candidates": 2 * 8 * n * self.decode.blocks,
+        }
+
+
+def splits(position: int) -> int:
+    """In how many parts attention cuts the context of a token at `position` (batch_splits in batch/attention.cuh)."""
+    tokens = position + 1
+    length = -(-tokens // MOST_SPLITS)
+    length = -(-length // LEAST_SPLIT) * LEAST_SPLIT
+    return -(-tokens // length)
+
+
+def most_splits(position: int) -> int:
+    """The most splits of any token up to `position`: longer contexts may have fewer."""
+    return min(MOST_SPLITS, position // LEAST_SPLIT + 1)
+
+
+def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
+    """Shared memory of a block beside the weight ring (`Shared` in batch.cu, which checks the sum)."""
+    sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4
+    residual = 4 * residual_rows(decode.shape, decode.blocks) * columns
+    return max(sums, HISTOGRAMS_BYTES) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512
+
+
+class BatchRow(ctypes.Structure):
+    """One row of a launch. Pointers are device addresses."""
+
+    _FIELDS_IN_C = (
+        ("unsigned char*", "state"),  # see state.cuh
+        ("float*", "logits"),  # [VOCAB], or null: nobody needs them
+        ("int", "max_context"),  # positions that its KV cache has room for
+        ("int", "position"),  # of its token
+        ("int", "token"),  # to consume first
+        ("int", "max_tokens"),  # to sample
+        ("int", "stop_count"),
+        ("int", f"stop_tokens[{MOST_STOP_TOKENS}]"),
+        ("int", "unused"),
+        ("SamplingArguments", "sampling"),
+    )
+    _fields_ = ctypes_fields(_FIELDS_IN_C, SamplingArguments)
+
+
+class BatchArguments(ctypes.Structure):
+    """The arguments of the batch kernel. Pointers are device addresses; those marked host are of mapped memory."""
+
+    _FIELDS_IN_C = (
+        ("const unsigned char*", "tape"),  # see DecodeArguments
+        ("const long long*", "tape_offsets"),  # [BLOCKS]
+        ("const long long*", "head_offsets"),  # [BLOCKS]
+        ("const unsigned short*", "embedding"),  # [VOCAB, HIDDEN], if the head is not tied
+        ("const float*", "parameters"),  # see parameters.py
+        ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
+        ("const BatchRow*", "row_table"),  # [rows]
+        ("unsigned char*", "input"),  # [columns, HIDDEN], 16 bit, as operand_place says
+        ("float*", "squares"),  # [columns, BLOCKS]: sums of squares of the residual stream
+        ("float*", "projected"),  # [columns, PROJECTED_STRIDE]
+        ("unsigned char*", "mixed"),  # [columns, VALUE_DIM or QUERY_DIM], as operand_place says
+        ("unsigned char*", "activated"),  # [columns, INTERMEDIATE], as operand_place says
+        ("float*", "partial"),  # [columns, HEADS, most_splits, HEAD_DIM + 4]
+        ("unsigned long long*", "candidates"),  # [2, columns, BLOCKS]
+        ("unsigned int*", "barrier"),  # zero before the launch
+        ("unsigned int*", "stop"),  # the block that looks at `cancel` tells the others
+        ("unsigned long long*", "output"),  # host [steps, rows]: made << 32 | last << 31 | failure << 28 | token
+        ("unsigned long long*", "report"),  # host: where a wait ran out
+        ("const unsigned int*", "cancel"),  # host: not 0 to stop after the current step
+        ("unsigned long long*", "times"),  # of the last step: its start and the end of each phase, nanoseconds; or null
+        ("unsigned long long", "spin_limit"),  # nanoseconds that one wait may last
+        ("int", "rows"),
+        ("int", "steps"),
+        ("int", "most_splits"),
+        ("int", "draws"),  # some row samples at a temperature
+        ("int", "logprobs"),  # some row wants them
+        ("int", "unused"),
+    )
+    _fields_ = ctypes_fields(_FIELDS_IN_C)
+
+    @classmethod
+    def source(cls) -> str:
+        return f"{source_of(SamplingArguments)}\n{source_of(BatchRow)}\n{source_of(cls)}"

@@ -1,0 +1,375 @@
+// The batch kernel: a step of many sequences at once, many steps in one cooperative launch.
+//
+// One block an SM. As in the decode kernel, a producer warp streams the block's share of the weights through shared
+// memory, in the order in which they are used and across all waits; the other warps compute. Here the phases of a step
+// are separated by barriers over all blocks, and every product is one of matrices: its columns are the rows of the batch,
+// each a sequence with a state, a position, a sampler of its own. Read `step_layer` for the model.
+#include "batch/model.cuh"
+#include "batch/gemm.cuh"
+#include "batch/finish.cuh"
+#include "batch/delta_rule.cuh"
+#include "batch/attention.cuh"
+#include "batch/sampling.cuh"
+
+constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
+static_assert(BATCH_COLUMNS <= CONSUMER_WARPS * 32, "a thread a row");
+
+struct Shared {
+    alignas(128) u8 slots[RING_STAGES * STAGE_BYTES];
+    u64 arrivals[RING_STAGES];
+    u32 released[CONSUMER_WARPS];
+    u32 landed, total;
+    union {
+        Sums sums[2];
+        BatchSampling sampling;
+        LogprobScratch logprobs;
+    };
+    Rows rows;
+    Cut cuts[BATCH_COLUMNS];
+    Candidate best[BATCH_COLUMNS];
+    float residual[RESIDUAL_ROWS][BATCH_COLUMNS];
+    float inverse[BATCH_COLUMNS], squares[BATCH_COLUMNS];
+    float head_squares[2][CONSUMER_WARPS];
+    volatile u32 finished;
+    u32 pending;
+};
+static_assert(sizeof(Shared) <= SHARED_MEMORY, "BatchLayout.plan counts less shared memory than the kernel uses");
+
+// The host reads these before the first launch.
+extern "C" __device__ int shared_bytes = sizeof(Shared);
+extern "C" __device__ int threads = THREADS;
+
+// ---- producer ----
+
+// The ring stands still whenever the consumers do: they know better where, and report first.
+__device__ __forceinline__ Watchdog ring_watchdog(const BatchArguments& a) {
+    return {a.report, a.spin_limit + a.spin_limit / 4, 0, 0, PHASE_RING_EMPTY, 0};
+}
+
+struct Producer {
+    Ring ring;
+    const u8* source;
+    RingPosition next;  // the stage to fill
+    Shared* shared;
+    Watchdog watchdog;
+    bool finished;
+
+    // Streams this block's rows of one matrix, once a pass, in pairs of groups: stage by stage, those of the two in turn.
+    __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
+        int tiles = columns / CONSUMER_WARPS / 32, groups = (rows + 7) / 8;
+        int own = first_group(groups, blockIdx.x + 1) - first_group(groups, blockIdx.x);
+#pragma unroll 1
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll 1
+            for (int group = 0; group < own; group += 2)
+#pragma unroll 1
+                for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
+                    u32 bytes = min(TILES_PER_STAGE, tiles - at) * CONSUMER_WARPS * 512;
+                    const u8* from = source + (long long)group * columns * 16 + at * CONSUMER_WARPS * 512;
+                    stage(from, in_flight, bytes);
+                    if (group + 1 < own) stage(from + columns * 16, in_flight, bytes);
+                    if (finished) return;
+                }
+        source += (long long)own * columns * 16;
+    }
+
+    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes) {
+        if (finished) return;
+        while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
+            if (shared->finished) {
+                finished = true;
+                return;
+            }
+            watchdog.check();
+        }
+        watchdog.spins = 0;
+        fill_stage(ring, next, from, bytes);
+        next.advance();
+    }
+};
+
+__device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared, Ring ring) {
+    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
+#pragma unroll 1
+    for (int step = 0; step < a.steps && !p.finished; ++step) {
+        p.source = a.tape + a.tape_offsets[blockIdx.x];
+#pragma unroll 1
+        for (int i = 0; i <= 4 * LAYERS && !p.finished; ++i) {
+            int layer = i / 4, which = layer == LAYERS ? 4 : i % 4;
+            bool full = is_full(layer % LAYERS);
+            int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
+            int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
+            p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
+        }
+    }
+    finish_filling(ring, p.next);
+    *ring.total = p.next.stage + 1;
+}
+
+// ---- consumers ----
+
+// Sixteen bytes (8 columns) of a row of the embedding. A tied embedding is read from the LM head's place on the tape.
+__device__ __forceinline__ uint4 embedding(const BatchArguments& a, int token, int column) {
+    if (!TIED) return __ldg((const uint4*)(a.embedding + (long long)token * HIDDEN + column));
+    constexpr int GROUPS = (VOCAB + 7) / 8, TILES = HIDDEN / CONSUMER_WARPS / 32;
+    int group = token / 8;
+    int block = (int)(((long long)(group + 1) * BLOCKS - 1) / GROUPS);
+    int warp = column / (HIDDEN / CONSUMER_WARPS), inside = column % (HIDDEN / CONSUMER_WARPS);
+    int tile = inside / 32, stage = tile / TILES_PER_STAGE, count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
+    long long at = a.tape_offsets[block] + a.head_offsets[block] + (long long)(group - first_group(GROUPS, block)) * 16 * HIDDEN +
+                   stage * STAGE_BYTES + ((warp * count + tile % TILES_PER_STAGE) * 32 + token % 8 * 4 + inside % 32 / 8) * 16;
+    return __ldg((const uint4*)(a.tape + at));
+}
+
+// This block's part of the residual stream of every row's token, and of the first layer's input.
+__device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a, Shared& shared) {
+    int first = first_group(HIDDEN / 8, c.block), end = first_group(HIDDEN / 8, c.block + 1), n = c.thread;
+    const float* scale = layer_parameters(a.parameters, 0);
+    if (n >= a.rows || !shared.rows.kind[n]) return;
+    float squares = 0;
+#pragma unroll 1
+    for (int group = first; group < end; ++group) {
+        float x[8];
+        unpack8(x, embedding(a, shared.rows.token[n], 8 * group));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            shared.residual[8 * (group - first) + j][n] = x[j];
+            squares += x[j] * x[j];
+            x[j] *= load_constant(scale + 8 * group + j);
+        }
+        *(uint4*)operand_place<HIDDEN>(a.input, n, 8 * group) = pack8(x);
+    }
+    a.squares[n * BLOCKS + c.block] = squares;
+}
+
+__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, int layer) {
+    const float* parameters = layer_parameters(a.parameters, layer);
+    Finish base{&c, &a, &shared.rows, shared.inverse};
+    ResidualUpdate update{base, parameters + HIDDEN, shared.residual, shared.squares};
+    c.enter(PHASE_INPUT, layer);
+    if (is_full(layer)) {
+        FullProjection finish{{base}};
+        gemm<PROJECTED_FULL, HIDDEN>(c, shared.sums, a.input, finish);
+        barrier.meet(c);
+        c.enter(PHASE_ATTENTION, layer);
+        attend_rows(c, a, shared.rows, layer);
+        barrier.meet(c);
+        c.enter(PHASE_MERGE, layer);
+        merge_rows(c, a, shared.rows);
+        barrier.meet(c);
+        if (QUERY_DIM != VALUE_DIM) gemm<HIDDEN, QUERY_DIM>(c, shared.sums, a.mixed, update);
+    } else {
+        LinearProjection finish{{base}, linear_layer(a, layer), layer};
+        gemm<PROJECTED_LINEAR, HIDDEN>(c, shared.sums, a.input, finish);
+        HeadState state;  // does not depend on this step: on its way across the barrier
+        barrier.arrive(c);
+        load_state(c, a, shared.rows, layer, c.block, state);
+        barrier.wait(c);
+        c.enter(PHASE_DELTA_RULE, layer);
+        delta_rules(c, a, shared.rows, layer, state, shared.head_squares);
+        barrier.meet(c);
+        if (QUERY_DIM != VALUE_DIM) gemm<HIDDEN, VALUE_DIM>(c, shared.sums, a.mixed, update);
+    }
+    if (QUERY_DIM == VALUE_DIM) gemm<HIDDEN, VALUE_DIM>(c, shared.sums, a.mixed, update);
+    barrier.meet(c);
+    c.enter(PHASE_INPUT, layer);
+    Activation activation{{base}};
+    gemm<2 * INTERMEDIATE, HIDDEN>(c, shared.sums, a.input, activation);
+    barrier.meet(c);
+    update.weight = layer_parameters(a.parameters, layer + 1);  // or of the norm before the LM head
+    gemm<HIDDEN, INTERMEDIATE>(c, shared.sums, a.activated, update);
+    barrier.meet(c);
+}
+
+// Whether row n draws its token now.
+__device__ __forceinline__ bool draws(const BatchArguments& a, const Shared& shared, int n) {
+    return shared.rows.kind[n] == ROW_SAMPLED && !a.row_table[n].sampling.greedy && !Choice{0, shared.best[n].key, 0}.failure();
+}
+
+// True on all threads of the block if it is on any.
+__device__ __forceinline__ bool any_thread(const Consumer& c, Shared& shared, bool value) {
+    if (c.thread == 0) shared.pending = 0;
+    consumer_barrier();
+    if (value) shared.pending = 1;
+    consumer_barrier();
+    return shared.pending;
+}
+
+// top_k, top_p, min_p and the draw, of all rows that want them; each warp has the same rows in every block.
+__device__ __forceinline__ void draw_rows(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& passes) {
+    c.enter(PHASE_SAMPLING, LAYERS);
+#pragma unroll 1
+    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+        if (!draws(a, shared, n)) continue;
+        const SamplingArguments& s = a.row_table[n].sampling;
+        temper_row(c, s, from_ordered(shared.best[n].key));
+        Cut cut{0, 0, 0, 0, 0};
+        next_stage(s, cut, 0);
+        if (c.lane == 0) shared.cuts[n] = cut;
+    }
+    __syncwarp();
+#pragma unroll 1
+    while (true) {
+        bool pending = false;
+#pragma unroll 1
+        for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+            if (!draws(a, shared, n)) continue;
+            const SamplingArguments& s = a.row_table[n].sampling;
+            Histograms* histograms = (Histograms*)s.histograms;
+            if (n % BLOCKS == c.block) {  // see Histograms
+                Histogram* later = histograms->turns + (passes + 1) % 3;
+                for (int i = c.lane; i < BINS; i += 32) later->count[i] = 0, later->mass[i] = 0;
+            }
+            if (shared.cuts[n].stage == 2) continue;
+            pending = true;
+            count_row(c, s, shared.sampling.histograms[c.warp], histograms->turns + passes % 3, shared.cuts[n]);
+        }
+        if (!any_thread(c, shared, pending)) break;
+        barrier.meet(c);
+#pragma unroll 1
+        for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+            if (!draws(a, shared, n) || shared.cuts[n].stage == 2) continue;
+            const SamplingArguments& s = a.row_table[n].sampling;
+            Cut cut = shared.cuts[n];
+            settle_digit(c, s, ((Histograms*)s.histograms)->turns + passes % 3, cut);
+            __syncwarp();
+            if (c.lane == 0) shared.cuts[n] = cut;
+            __syncwarp();
+        }
+        ++passes;
+    }
+    u64* candidates = a.candidates + BATCH_COLUMNS * BLOCKS;
+#pragma unroll 1
+    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+        if (!draws(a, shared, n)) continue;
+        Candidate drawn = draw_row(c, a.row_table[n].sampling, shared.cuts[n].kept, shared.rows.position[n] + 1);
+        if (c.lane == 0) store_relaxed64(candidates + n * BLOCKS + c.block, (u64)drawn.key << 32 | (0xFFFFFFFFu - drawn.id));
+    }
+    barrier.meet(c);
+#pragma unroll 1
+    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+        if (!draws(a, shared, n)) continue;
+        Candidate best = best_candidate(c, candidates + n * BLOCKS);
+        __syncwarp();
+        if (c.lane == 0) shared.best[n] = best;
+    }
+}
+
+// What the log-probabilities of the rows that want them need of this block.
+__device__ __forceinline__ void publish_all_logprobs(Consumer& c, const BatchArguments& a, Shared& shared) {
+#pragma unroll 1
+    for (int n = 0; n < a.rows; ++n) {
+        const BatchRow& r = a.row_table[n];
+        if (shared.rows.kind[n] != ROW_SAMPLED || r.sampling.logprobs < 0) continue;
+        consumer_barrier();
+        publish_logprobs(c, r.logits, shared.logprobs, r.sampling.logprobs, r.sampling.lists + c.block * LIST_WORDS);
+    }
+}
+
+// The token of every row, told to the host by the row's block. Returns whether any row goes on.
+__device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, int step, u32& passes) {
+    c.enter(PHASE_TOKEN, LAYERS);
+#pragma unroll 1
+    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+        Candidate best = best_candidate(c, a.candidates + n * BLOCKS);
+        if (c.lane == 0) shared.best[n] = best;
+    }
+    bool stop = load_relaxed(a.stop);
+    __syncwarp();
+    if (a.draws) draw_rows(c, a, shared, barrier, passes);
+    consumer_barrier();
+    if (a.logprobs)
+#pragma unroll 1
+        for (int n = c.block; n < a.rows; n += BLOCKS) {
+            const BatchRow& r = a.row_table[n];
+            if (shared.rows.kind[n] != ROW_SAMPLED || r.sampling.logprobs < 0 || Choice{0, shared.best[n].key, 0}.failure()) continue;
+            report_logprobs(c, r.logits, shared.logprobs, r.sampling.logprobs, r.sampling.lists, shared.best[n].id,
+                            r.sampling.records + shared.rows.made[n] * RECORD_WORDS);
+            consumer_barrier();
+        }
+    bool alive = false;
+    int n = c.thread;
+    if (n < a.rows && shared.rows.kind[n]) {
+        const BatchRow& r = a.row_table[n];
+        Choice choice{shared.best[n].id, shared.best[n].key, 0};
+        int token = (int)choice.token, made = ++shared.rows.made[n];
+        u32 failure = choice.failure();
+        bool last = made == r.max_tokens || failure;
+        for (int i = 0; i < r.stop_count; ++i) last |= token == r.stop_tokens[i];
+        if (shared.rows.kind[n] == ROW_SAMPLED && r.sampling.counts && !failure && OwnRows(c.block).own(token))
+            r.sampling.counts[token] = (r.sampling.counts[token] + 1) | 1u << 31;
+        if (n % BLOCKS == c.block)
+            store_host64(a.output + (long long)step * a.rows + n, (u64)made << 32 | (last ? 1u << 31 : 0) | failure << FAILURE_SHIFT | (u32)token);
+        shared.rows.token[n] = token;
+        ++shared.rows.position[n];
+        if (last) shared.rows.kind[n] = ROW_IDLE;
+        alive = !last;
+    }
+    return any_thread(c, shared, alive) && !stop;
+}
+
+__device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared, Ring ring) {
+    Consumer c{ring, {0, 0, 0}, 0, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
+    c.locate();
+    if (c.thread < BATCH_COLUMNS) {
+        shared.rows.kind[c.thread] = ROW_IDLE;
+        if (c.thread < a.rows) {
+            const BatchRow& r = a.row_table[c.thread];
+            shared.rows.state[c.thread] = r.state;
+            shared.rows.max_context[c.thread] = r.max_context;
+            shared.rows.token[c.thread] = r.token;
+            shared.rows.position[c.thread] = r.position;
+            shared.rows.made[c.thread] = 0;
+            shared.rows.kind[c.thread] = r.sampling.active ? ROW_SAMPLED : ROW_PLAIN;
+        }
+    }
+    consumer_barrier();
+    u32 passes = 0;
+    GridBarrier barrier{a.barrier, 0, nullptr};
+#pragma unroll 1
+    for (int step = 0; step < a.steps; ++step) {
+        if (a.times && c.block == 0) {
+            barrier.times = a.times + 1;
+            if (c.thread == 0) a.times[0] = nanoseconds();
+        }
+        embed(c, a, shared);
+        barrier.meet(c);
+#pragma unroll 1
+        for (int layer = 0; layer < LAYERS; ++layer) {
+            if (DEAD_BLOCK >= 0 && c.block == DEAD_BLOCK && layer == DEAD_LAYER) {  // a planted failure, see layout.py
+                if (c.thread == 0) shared.finished = 1;
+                return;
+            }
+            step_layer(c, a, shared, barrier, layer);
+        }
+        c.enter(PHASE_TOKEN, LAYERS);
+        if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));
+        TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
+        gemm<VOCAB, HIDDEN>(c, shared.sums, a.input, finish);
+        if (a.logprobs) publish_all_logprobs(c, a, shared);
+        barrier.meet(c);
+        if (!choose_tokens(c, a, shared, barrier, step, passes)) break;
+    }
+    consumer_barrier();
+    if (c.thread == 0) shared.finished = 1;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_constant__ BatchArguments a) {
+    extern __shared__ __align__(128) u8 memory[];
+    Shared& shared = *(Shared*)memory;
+    Ring ring{shared.slots, shared.arrivals, &shared.landed, shared.released, &shared.total};
+    if (threadIdx.x == 0) {
+        ring_init(ring);
+        for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
+        shared.landed = shared.total = shared.finished = 0;
+    }
+    __syncthreads();
+    if (threadIdx.x / 32 >= CONSUMER_WARPS) {
+        give_registers();
+        if (threadIdx.x / 32 == CONSUMER_WARPS) produce(a, shared, ring);
+        if (threadIdx.x / 32 == CONSUMER_WARPS + 1) watch_landings(ring, ring_watchdog(a));
+    } else {
+        take_registers();
+        consume(a, shared, ring);
+    }
+}

@@ -114,8 +114,8 @@ class BatchDecoder:
         more = sum(max(0, size - self._held(name)) for name, size in needed.items())
         if more > (free := self.decoder.gpu.memory_free()):
             raise NotEnoughMemory(
-                f"a step of {bucket} sequences needs {more:,} more bytes of scratch memory on the GPU, and {free:,} are "
-                "free: use fewer slots, or shorter contexts"
+                f"a step of {bucket} sequences needs {more:,} more bytes of scratch memory on the GPU, and {free:,} "
+                "are free: use fewer slots, or shorter contexts"
             )
         for name, size in needed.items():
             if size > self._held(name):
@@ -228,7 +228,7 @@ class BatchDecoder:
         words = self.mapped.words[step * rows : (step + 1) * rows]
         ended = False
         while True:
-            found = words[active]
+            found: np.ndarray = words[active]
             if np.all(found >> np.uint64(32) == step + 1):
                 return found
             if ended:

@@ -1,4 +1,4 @@
-"""What the host and the batch kernel must agree on: columns, shared memory, scratch memory, and the argument structs."""
+"""What the host and the batch kernel must agree on: columns, shared and scratch memory, and the argument structs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import NotEnoughMemory, UnsupportedModel
 from onekernel.gpu.layout import (
-    CONSUMER_WARPS,
     COMFORTABLE_STAGES,
+    CONSUMER_WARPS,
     LEAST_STAGES,
     MOST_STAGES,
     MOST_STOP_TOKENS,
@@ -71,8 +71,8 @@ class BatchLayout:
             groups //= 2
         if stages < LEAST_STAGES:
             raise NotEnoughMemory(
-                f"the batch kernel for {columns} sequences does not fit into the {usable} bytes of shared memory of this "
-                "chip: use fewer slots"
+                f"the batch kernel for {columns} sequences does not fit into the {usable} bytes of shared memory of "
+                "this chip: use fewer slots"
             )
         return cls(decode, columns, groups, stages)
 

@@ -53,7 +53,9 @@ def demo_batch(demo: Decoder) -> Iterator[BatchDecoder]:
     made.close()
 
 
-def compare(decoder: Decoder, rows: list[Row], parameters: Parameters, prompts: list[list[int]], made) -> dict[str, float]:
+def compare(
+    decoder: Decoder, rows: list[Row], parameters: Parameters, prompts: list[list[int]], made
+) -> dict[str, float]:
     """Tokens and states against the reference, which is told the same tokens."""
     vocabulary_size = decoder.layout.vocabulary_size
     worst: dict[str, float] = {}
@@ -168,7 +170,9 @@ PARAMS = (
     SamplingParams(temperature=1.0, seed=2, top_k=20, logprobs=2),
     SamplingParams(temperature=1.5, seed=3, top_p=0.7, logprobs=0),
     SamplingParams(temperature=0.8, seed=4, top_k=30, top_p=0.9, min_p=0.02, logprobs=20),
-    SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, logprobs=1),
+    SamplingParams(
+        temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, logprobs=1
+    ),
     SamplingParams(logprobs=5),
     SamplingParams(),
     SamplingParams(temperature=1.0, seed=2**63 + 5, logit_bias={7: 50.0, 9: -3.0}, logprobs=1),

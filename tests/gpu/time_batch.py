@@ -1,4 +1,4 @@
-"""Times of batched decode on this GPU, 0.8B size, random bf16 weights; run it alone on the GPU. JSON on standard output.
+"""Times of batched decode on this GPU, 0.8B size, random bf16 weights; run it alone on the GPU. JSON on stdout.
 
     python tests/gpu/time_batch.py [output.json]
 
@@ -102,7 +102,9 @@ def main() -> int:
     greedy = SamplingParams()
     drawn = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, seed=1)
     for count, params in [*((n, greedy) for n in BATCHES), *((n, drawn) for n in BATCHES[1:4])]:
-        case = measure(batch, prefiller, count, params) | {"sampling": "greedy" if params.greedy else "top_k 50, top_p 0.95"}
+        case = measure(batch, prefiller, count, params) | {
+            "sampling": "greedy" if params.greedy else "top_k 50, top_p 0.95"
+        }
         report["cases"].append(case)
         print(case, file=sys.stderr, flush=True)
     text = json.dumps(report, indent=1)

@@ -31,7 +31,7 @@ struct Shared {
     float inverse[BATCH_COLUMNS], squares[BATCH_COLUMNS];
     float head_squares[2][CONSUMER_WARPS];
     volatile u32 finished;
-    u32 pending;
+    u32 pending, passed;
 };
 static_assert(sizeof(Shared) <= SHARED_MEMORY, "BatchLayout.plan counts less shared memory than the kernel uses");
 
@@ -325,13 +325,10 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
     }
     consumer_barrier();
     u32 passes = 0;
-    GridBarrier barrier{a.barrier, 0, nullptr};
+    GridBarrier barrier{a, 0, &shared.passed};
 #pragma unroll 1
     for (int step = 0; step < a.steps; ++step) {
-        if (a.times && c.block == 0) {
-            barrier.times = a.times + 1;
-            if (c.thread == 0) a.times[0] = nanoseconds();
-        }
+        if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
         barrier.meet(c);
 #pragma unroll 1

@@ -16,8 +16,7 @@ __device__ __forceinline__ float* head_state(const Rows& rows, int n, int layer,
 }
 
 __device__ __forceinline__ void load_state(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer, int item, HeadState& s) {
-    int n = item / VALUE_HEADS;
-    if (n >= a.rows || !rows.kind[n]) return;
+    int n = min(item / VALUE_HEADS, a.rows - 1);  // any state will do where there is no item: a branch here costs registers
     const float* from = head_state(rows, n, layer, item % VALUE_HEADS, c);
 #pragma unroll
     for (int i = 0; i < WARP_COLUMNS; ++i) s.column[i] = load_l2_float4(from + i * KEY_HEAD_DIM);
@@ -66,7 +65,10 @@ __device__ __forceinline__ void delta_rule(Consumer& c, const BatchArguments& a,
 __device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a, const Rows& rows, int layer, HeadState& s, float (*squares)[CONSUMER_WARPS]) {
 #pragma unroll 1
     for (int item = c.block; item < a.rows * VALUE_HEADS; item += BLOCKS) {
+        HeadState next;
+        load_state(c, a, rows, layer, item + BLOCKS, next);
         delta_rule(c, a, rows, layer, item, s, squares);
-        load_state(c, a, rows, layer, item + BLOCKS, s);
+#pragma unroll
+        for (int i = 0; i < WARP_COLUMNS; ++i) s.column[i] = next.column[i];
     }
 }

@@ -60,24 +60,24 @@ __device__ __forceinline__ u16* keys_of(u8* state, int layer, int max_context) {
 
 // The barrier over all blocks, in two halves: what lies between them may use nothing that other blocks write.
 struct GridBarrier {
-    u32* counter;
+    const BatchArguments& a;
     u32 target;
-    u64* times;  // of the end of each phase, or null
+    u32* passed;  // shared: barriers in this step
 
     __device__ __forceinline__ void arrive(Consumer& c) {
         target += BLOCKS;
         consumer_barrier();
         if (thread_index() == 0) {
             fence_gpu();
-            arrive_at(counter);
+            arrive_at(a.barrier);
         }
     }
     __device__ __forceinline__ void wait(Consumer& c) {
         if (thread_index() == 0) {
             c.watchdog.spins = 0;
-            while ((int)(load_relaxed(counter) - target) < 0) c.watchdog.check();
+            while ((int)(load_relaxed(a.barrier) - target) < 0) c.watchdog.check();
             fence_gpu();
-            if (times) *times++ = nanoseconds();
+            if (a.times && block_index() == 0) a.times[++*passed] = nanoseconds();
         }
         consumer_barrier();
         c.locate();

@@ -16,7 +16,7 @@ from onekernel.gpu.compile import compile_cached
 from onekernel.gpu.decoder import POLL, Decoder, State, stopped_itself
 from onekernel.gpu.driver import LOST, check
 from onekernel.gpu.kernel import CooperativeKernel
-from onekernel.gpu.layout import FAILURE_SHIFT, MOST_STOP_TOKENS
+from onekernel.gpu.layout import FAILURE_SHIFT, MOST_STOP_TOKENS, Layout
 from onekernel.gpu.memory import DeviceBuffer, MappedMemory
 from onekernel.gpu.sampling import DeviceSampling, SamplingArguments, is_plain
 from onekernel.gpu.source import assemble
@@ -41,6 +41,23 @@ def batch_source(layout: BatchLayout) -> str:
     return assemble("batch.cu", layout.constants(), layout.declarations())
 
 
+def layouts_for(decode: Layout, buckets: Sequence[int]) -> dict[int, BatchLayout]:
+    """The kernels of those buckets (ascending) that fit on the chip.
+
+    Raises:
+        NotEnoughMemory: not even the first.
+    """
+    layouts: dict[int, BatchLayout] = {}
+    for bucket in buckets:
+        try:
+            layouts[bucket] = BatchLayout.plan(decode, bucket)
+        except NotEnoughMemory:
+            if not layouts:
+                raise
+            break
+    return layouts
+
+
 class BatchDecoder:
     """The batch kernels of one decoder, one for each bucket of rows."""
 
@@ -48,20 +65,20 @@ class BatchDecoder:
         """Compile (or take from the cache) the kernels for up to `slots` rows, and load them.
 
         Args:
-            buckets: those to choose from.
+            buckets: those to choose from. `slots` is less afterwards where the chip has no room for the largest.
 
         Raises:
             UnsupportedModel: more slots than any kernel has columns.
-            NotEnoughMemory: this chip has too little shared memory for so many.
+            NotEnoughMemory: this chip has too little shared memory even for the smallest.
             BackendError: see CooperativeKernel.
         """
-        self.decoder, self.slots = decoder, slots
+        self.decoder = decoder
         gpu = decoder.gpu
         gpu.make_current()
-        wanted = [bucket for bucket in buckets if bucket <= bucket_of(slots)]
-        self.layouts = {bucket: BatchLayout.plan(decoder.layout, bucket) for bucket in wanted}
+        self.layouts = layouts_for(decoder.layout, [bucket for bucket in buckets if bucket <= bucket_of(slots)])
+        self.slots = slots = min(slots, max(self.layouts))
         sources = {bucket: batch_source(layout) for bucket, layout in self.layouts.items()}
-        with ThreadPoolExecutor(len(wanted)) as compilers:
+        with ThreadPoolExecutor(len(sources)) as compilers:
             list(compilers.map(lambda source: compile_cached(source, gpu.arch, "batch"), sources.values()))
         self.kernels = {
             bucket: CooperativeKernel(gpu, "batch", source, decoder.layout.blocks) for bucket, source in sources.items()

@@ -25,7 +25,7 @@ from onekernel.gpu.sampling import SamplingArguments
 from onekernel.gpu.structure import ctypes_fields, source_of
 
 BUCKETS = (8, 16, 32, 64, 128, 256)  # rows that a compiled kernel has columns for
-MOST_COLUMN_GROUPS = 8  # of 8 rows each, multiplied together
+ROOMY = 200 << 10  # bytes of shared memory: chips with more also let warps give each other registers
 LEAST_SPLIT, MOST_SPLITS = 64, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
 HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
 ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, squares
@@ -63,7 +63,7 @@ class BatchLayout:
         """
         assert columns in BUCKETS
         usable = decode.shared_memory - SHARED_RESERVED
-        groups = min(MOST_COLUMN_GROUPS, columns // 8)
+        groups = min(8 if decode.shared_memory >= ROOMY else 4, columns // 8)
         while True:
             stages = min(MOST_STAGES, (usable - _scratch_bytes(decode, columns, groups)) // STAGE_BYTES)
             if stages >= COMFORTABLE_STAGES or groups == 1:

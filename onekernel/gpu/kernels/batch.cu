@@ -76,7 +76,7 @@ struct Producer {
     __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes) {
         if (finished) return;
         while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
-            if (shared->finished) {
+            if (__any_sync(0xFFFFFFFFu, shared->finished)) {
                 finished = true;
                 return;
             }

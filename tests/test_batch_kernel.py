@@ -57,7 +57,7 @@ WIDE = dataclasses.replace(WIDE, key_heads=2, value_heads=6, tied=False)
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> HostModel:
-    return HostModel(SMALL, random_weights(SMALL), VOCABULARY_SIZE, 3, tmp_path_factory.mktemp("small"))
+    return HostModel(SMALL, random_weights(SMALL), VOCABULARY_SIZE, 4, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_tokens_are_those_of_the_reference_in_any_company(name: str, request: py
     alone = host.row(9)
     tokens = [token.id for token in host.run([alone], 5, plan)[0]]
     check_against_reference(host.shape, 9, tokens)
-    more = [(16, 2, 13), (32, 4, 20), (64, 4, 50)] if name == "small" else [(16, 2, 9)]
+    more = [(16, 2, 13), (32, 4, 20), (64, 4, 50), (64, 8, 50), (128, 8, 70)] if name == "small" else [(16, 2, 9)]
     for columns, groups, count in more:
         layout = dataclasses.replace(BatchLayout.plan(host.layout, columns), column_groups=groups)
         rows = [host.row(i % VOCABULARY_SIZE) for i in range(count)]
@@ -106,7 +106,7 @@ def test_launches_may_be_cut_anywhere_and_stop_tokens_end_a_row(small: HostModel
 
 
 def test_contexts_of_several_splits(small: HostModel) -> None:
-    """70 tokens: the reference must agree where attention is merged from two parts."""
+    """70 tokens: the reference must agree where attention is merged from three parts."""
     plan = BatchLayout.plan(small.layout, 8)
     row = small.row(5)
     tokens = [token.id for token in small.run([row, small.row(8)], 70, plan)[0]]

@@ -85,7 +85,7 @@ class BatchDecoder:
         }
         self.scratch: dict[str, DeviceBuffer] = {}
         self.table = DeviceBuffer(ctypes.sizeof(BatchRow) * slots)
-        self.words = DeviceBuffer(8)  # the barrier's counter, and `stop`
+        self.words = DeviceBuffer(4 * (2 + decoder.layout.blocks))  # the barrier's counter, `stop`, `meetings`
         self.times = DeviceBuffer(8 * (8 * decoder.shape.layers + 256))
         self.mapped = MappedMemory(MOST_STEPS * slots + 2)
         self._sampling: dict[int, DeviceSampling] = {}  # by place in the batch
@@ -205,6 +205,7 @@ class BatchDecoder:
             **{name: buffer.address for name, buffer in self.scratch.items()},
             barrier=self.words.address,
             stop=self.words.address + 4,
+            meetings=self.words.address + 8,
             output=self.mapped.address,
             report=self.mapped.address + 8 * (len(self.mapped.words) - 2),
             cancel=self.mapped.address + 8 * (len(self.mapped.words) - 1),

@@ -13,6 +13,7 @@ from onekernel.gpu.layout import (
     LEAST_STAGES,
     MOST_STAGES,
     MOST_STOP_TOKENS,
+    ROW_GROUP,
     SHARED_RESERVED,
     STAGE_BYTES,
     Layout,
@@ -26,7 +27,8 @@ from onekernel.gpu.structure import ctypes_fields, source_of
 
 BUCKETS = (8, 16, 32, 64, 128, 256)  # rows that a compiled kernel has columns for
 ROOMY = 200 << 10  # bytes of shared memory: chips with more also let warps give each other registers
-LEAST_SPLIT, MOST_SPLITS = 64, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
+LEAST_SPLIT, MOST_SPLITS = 32, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
+SHARING = 4  # blocks that deal the columns of some products (batch/gemm_split.cuh)
 HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
 ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, squares
 
@@ -91,6 +93,11 @@ class BatchLayout:
             "PASSES": self.columns // (8 * self.column_groups),
         }
 
+    @property
+    def _shared_rows(self) -> int:
+        """Rows of the residual stream that SHARING blocks own, at most."""
+        return ROW_GROUP * -(-SHARING * (self.shape.hidden // ROW_GROUP) // self.decode.blocks)
+
     def declarations(self) -> str:
         return f"{enums()}\n{BatchArguments.source()}"
 
@@ -106,6 +113,7 @@ class BatchLayout:
             "activated": 2 * n * s.intermediate,
             "partial": 4 * n * s.heads * most_splits * (s.head_dim + 4),
             "candidates": 2 * 8 * n * self.decode.blocks,
+            "slices": 4 * n * CONSUMER_WARPS * -(-self.decode.blocks // SHARING) * self._shared_rows,
         }
 
 
@@ -165,6 +173,8 @@ class BatchArguments(ctypes.Structure):
         ("unsigned char*", "activated"),  # [columns, INTERMEDIATE], as operand_place says
         ("float*", "partial"),  # [columns, HEADS, most_splits, HEAD_DIM + 4]
         ("unsigned long long*", "candidates"),  # [2, columns, BLOCKS]
+        ("float*", "slices"),  # see slice_sums in batch/gemm_split.cuh
+        ("unsigned int*", "meetings"),  # [BLOCKS / 4], zero before the launch
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned int*", "stop"),  # the block that looks at `cancel` tells the others
         ("unsigned long long*", "output"),  # host [steps, rows]: made << 32 | last << 31 | failure << 28 | token

@@ -44,6 +44,7 @@ def _adapted(name: str, text: str) -> str:
         case "primitive/mma.cuh":
             return '#include "primitive/number.cuh"'
         case "primitive/ring.cuh":  # the plain loads of sm_75
+            text = text.replace("constexpr bool LIMITS_FLIGHT = false;", "constexpr bool LIMITS_FLIGHT = true;")
             return text.replace("__CUDA_ARCH__ >= 900", "0").replace("__CUDA_ARCH__ >= 800", "0")
         case "primitive/watchdog.cuh":  # a wait lets the others run
             text = re.sub(r"(void check\(\)) \{.*?\n    \}\n", r"\1 { yield_fiber(); }\n", text, flags=re.S)

@@ -7,6 +7,7 @@
 #include "batch/model.cuh"
 #include "batch/gemm.cuh"
 #include "batch/finish.cuh"
+#include "batch/gemm_split.cuh"
 #include "batch/delta_rule.cuh"
 #include "batch/attention.cuh"
 #include "batch/sampling.cuh"
@@ -48,15 +49,25 @@ __device__ __forceinline__ Watchdog ring_watchdog(const BatchArguments& a) {
 
 struct Producer {
     Ring ring;
-    const u8* source;
+    const u8* source;   // of block `block`: lane i has that of the i-th of the blocks that share rows
+    int block;
     RingPosition next;  // the stage to fill
     Shared* shared;
     Watchdog watchdog;
     bool finished;
 
-    // Streams this block's rows of one matrix, once a pass, in pairs of groups: stage by stage, those of the two in turn.
     __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
-        int tiles = columns / CONSUMER_WARPS / 32, groups = (rows + 7) / 8;
+        int groups = (rows + 7) / 8;
+        if (SPLITS_PRODUCTS && rows == HIDDEN)
+            shared_matrix(columns, in_flight);
+        else
+            own_matrix((const u8*)__shfl_sync(0xFFFFFFFFu, (u64)source, blockIdx.x % SHARING), groups, columns, in_flight);
+        source += (long long)(first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
+    }
+
+    // Streams this block's rows of one matrix, once a pass, in pairs of groups: stage by stage, those of the two in turn.
+    __device__ __forceinline__ void own_matrix(const u8* own_source, int groups, int columns, u32 in_flight) {
+        int tiles = columns / CONSUMER_WARPS / 32;
         int own = first_group(groups, blockIdx.x + 1) - first_group(groups, blockIdx.x);
 #pragma unroll 1
         for (int pass = 0; pass < PASSES; ++pass)
@@ -65,15 +76,35 @@ struct Producer {
 #pragma unroll 1
                 for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                     u32 bytes = min(TILES_PER_STAGE, tiles - at) * CONSUMER_WARPS * 512;
-                    const u8* from = source + (long long)group * columns * 16 + at * CONSUMER_WARPS * 512;
-                    stage(from, in_flight, bytes);
-                    if (group + 1 < own) stage(from + columns * 16, in_flight, bytes);
+                    const u8* from = own_source + (long long)group * columns * 16 + at * CONSUMER_WARPS * 512;
+                    stage(from, in_flight, bytes, 1);
+                    if (group + 1 < own) stage(from + columns * 16, in_flight, bytes, 1);
                     if (finished) return;
                 }
-        source += (long long)own * columns * 16;
     }
 
-    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes) {
+    // Streams this block's slices of the rows of the blocks that share, four groups at a time.
+    __device__ __forceinline__ void shared_matrix(int columns, u32 in_flight) {
+        int tiles = columns / CONSUMER_WARPS / 32, lane = threadIdx.x % 32, slice = blockIdx.x % SHARING * SHARING_WARPS;
+        SharedRows shared_rows(blockIdx.x);
+#pragma unroll 1
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll 1
+            for (int group = shared_rows.first; group < shared_rows.end; group += 4) {
+                int own = min(group + lane % 4, shared_rows.end - 1), holder = blockIdx.x / SHARING * SHARING;
+                while (first_group(HIDDEN / 8, holder + 1) <= own) ++holder;
+                __syncwarp();
+                const u8* from = (const u8*)__shfl_sync(0xFFFFFFFFu, (u64)source, holder % SHARING) + (long long)(own - first_group(HIDDEN / 8, holder)) * columns * 16;
+#pragma unroll 1
+                for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
+                    int count = min(TILES_PER_STAGE, tiles - at);
+                    stage(from + (at * CONSUMER_WARPS + slice * count) * 512, in_flight, SHARING_WARPS * count * 512, min(4, shared_rows.end - group));
+                    if (finished) return;
+                }
+            }
+    }
+
+    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes, int pieces) {
         if (finished) return;
         while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
             if (__any_sync(0xFFFFFFFFu, shared->finished)) {
@@ -83,16 +114,20 @@ struct Producer {
             watchdog.check();
         }
         watchdog.spins = 0;
-        fill_stage(ring, next, from, bytes);
+        if (SPLITS_PRODUCTS)
+            fill_pieces(ring, next, from, bytes, pieces);
+        else
+            fill_stage(ring, next, from, bytes);
         next.advance();
     }
 };
 
 __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared, Ring ring) {
-    Producer p{ring, nullptr, {0, 0, 0}, &shared, ring_watchdog(a), false};
+    int block = min((int)blockIdx.x / SHARING * SHARING + (int)threadIdx.x % SHARING, BLOCKS - 1);
+    Producer p{ring, nullptr, block, {0, 0, 0}, &shared, ring_watchdog(a), false};
 #pragma unroll 1
     for (int step = 0; step < a.steps && !p.finished; ++step) {
-        p.source = a.tape + a.tape_offsets[blockIdx.x];
+        p.source = a.tape + a.tape_offsets[block];
 #pragma unroll 1
         for (int i = 0; i <= 4 * LAYERS && !p.finished; ++i) {
             int layer = i / 4, which = layer == LAYERS ? 4 : i % 4;
@@ -142,7 +177,16 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
     a.squares[n * BLOCKS + c.block] = squares;
 }
 
-__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, int layer) {
+// A product back to the residual stream.
+template <int WIDTH>
+__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, ResidualUpdate& update, u32& meetings) {
+    if constexpr (SPLITS_PRODUCTS)
+        gemm_split<WIDTH>(c, a, meetings, input, update);
+    else
+        gemm<HIDDEN, WIDTH>(c, shared.sums, input, update);
+}
+
+__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer) {
     const float* parameters = layer_parameters(a.parameters, layer);
     Finish base{&c, &a, &shared.rows, shared.inverse};
     ResidualUpdate update{base, parameters + HIDDEN, shared.residual, shared.squares};
@@ -157,7 +201,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         c.enter(PHASE_MERGE, layer);
         merge_rows(c, a, shared.rows);
         barrier.meet(c);
-        if (QUERY_DIM != VALUE_DIM) gemm<HIDDEN, QUERY_DIM>(c, shared.sums, a.mixed, update);
+        if (QUERY_DIM != VALUE_DIM) project_back<QUERY_DIM>(c, a, shared, a.mixed, update, meetings);
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
         gemm<PROJECTED_LINEAR, HIDDEN>(c, shared.sums, a.input, finish);
@@ -168,16 +212,16 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         c.enter(PHASE_DELTA_RULE, layer);
         delta_rules(c, a, shared.rows, layer, state, shared.head_squares);
         barrier.meet(c);
-        if (QUERY_DIM != VALUE_DIM) gemm<HIDDEN, VALUE_DIM>(c, shared.sums, a.mixed, update);
+        if (QUERY_DIM != VALUE_DIM) project_back<VALUE_DIM>(c, a, shared, a.mixed, update, meetings);
     }
-    if (QUERY_DIM == VALUE_DIM) gemm<HIDDEN, VALUE_DIM>(c, shared.sums, a.mixed, update);
+    if (QUERY_DIM == VALUE_DIM) project_back<VALUE_DIM>(c, a, shared, a.mixed, update, meetings);
     barrier.meet(c);
     c.enter(PHASE_INPUT, layer);
     Activation activation{{base}};
     gemm<2 * INTERMEDIATE, HIDDEN>(c, shared.sums, a.input, activation);
     barrier.meet(c);
     update.weight = layer_parameters(a.parameters, layer + 1);  // or of the norm before the LM head
-    gemm<HIDDEN, INTERMEDIATE>(c, shared.sums, a.activated, update);
+    project_back<INTERMEDIATE>(c, a, shared, a.activated, update, meetings);
     barrier.meet(c);
 }
 
@@ -324,7 +368,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         }
     }
     consumer_barrier();
-    u32 passes = 0;
+    u32 passes = 0, meetings = 0;
     GridBarrier barrier{a, 0, &shared.passed};
 #pragma unroll 1
     for (int step = 0; step < a.steps; ++step) {
@@ -337,7 +381,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
                 if (c.thread == 0) shared.finished = 1;
                 return;
             }
-            step_layer(c, a, shared, barrier, layer);
+            step_layer(c, a, shared, barrier, meetings, layer);
         }
         c.enter(PHASE_TOKEN, LAYERS);
         if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));

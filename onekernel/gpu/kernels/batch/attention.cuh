@@ -5,7 +5,7 @@
 
 #include "batch/model.cuh"
 
-constexpr int LEAST_BATCH_SPLIT = 64;   // positions
+constexpr int LEAST_BATCH_SPLIT = 32;   // positions
 constexpr int MOST_BATCH_SPLITS = 256;
 constexpr int WARPS = BLOCKS * CONSUMER_WARPS;
 

@@ -67,10 +67,7 @@ struct GridBarrier {
     __device__ __forceinline__ void arrive(Consumer& c) {
         target += BLOCKS;
         consumer_barrier();
-        if (thread_index() == 0) {
-            fence_gpu();
-            arrive_at(a.barrier);
-        }
+        if (thread_index() == 0) arrive_at(a.barrier);
     }
     __device__ __forceinline__ void wait(Consumer& c) {
         if (thread_index() == 0) {

@@ -30,7 +30,7 @@ ROOMY = 200 << 10  # bytes of shared memory: chips with more also let warps give
 LEAST_SPLIT, MOST_SPLITS = 32, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
 SHARING = 4  # blocks that deal the columns of some products (batch/gemm_split.cuh)
 HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
-ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, squares
+ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 4  # of shared memory: Rows, Cut, Candidate, inverse
 
 
 def bucket_of(rows: int) -> int:
@@ -112,7 +112,7 @@ class BatchLayout:
             "mixed": 2 * n * max(s.value_dim, s.query_dim),
             "activated": 2 * n * s.intermediate,
             "partial": 4 * n * s.heads * most_splits * (s.head_dim + 4),
-            "candidates": 2 * 8 * n * self.decode.blocks,
+            "candidates": 3 * 8 * n * self.decode.blocks,
             "slices": 4 * n * CONSUMER_WARPS * -(-self.decode.blocks // SHARING) * self._shared_rows,
         }
 
@@ -132,8 +132,9 @@ def most_splits(position: int) -> int:
 
 def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     """Shared memory of a block beside the weight ring (`Shared` in batch.cu, which checks the sum)."""
-    sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4
-    residual = 4 * residual_rows(decode.shape, decode.blocks) * columns
+    sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4 * (4 // groups if groups < 4 else 1)
+    rows = residual_rows(decode.shape, decode.blocks)
+    residual = 4 * (rows + -(-rows // 16)) * columns
     return max(sums, HISTOGRAMS_BYTES) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512
 
 
@@ -172,7 +173,7 @@ class BatchArguments(ctypes.Structure):
         ("unsigned char*", "mixed"),  # [columns, VALUE_DIM or QUERY_DIM], as operand_place says
         ("unsigned char*", "activated"),  # [columns, INTERMEDIATE], as operand_place says
         ("float*", "partial"),  # [columns, HEADS, most_splits, HEAD_DIM + 4]
-        ("unsigned long long*", "candidates"),  # [2, columns, BLOCKS]
+        ("unsigned long long*", "candidates"),  # [columns, up to 2 BLOCKS], then [columns, BLOCKS]
         ("float*", "slices"),  # see slice_sums in batch/gemm_split.cuh
         ("unsigned int*", "meetings"),  # [BLOCKS / 4], zero before the launch
         ("unsigned int*", "barrier"),  # zero before the launch

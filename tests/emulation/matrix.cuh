@@ -22,3 +22,4 @@ static inline void multiply16(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1
             }
     });
 }
+static inline void group_barrier(int id, int threads) { bar(id, threads); }

@@ -13,6 +13,7 @@
 #include "batch/sampling.cuh"
 
 constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
+constexpr int HEAD_CANDIDATES = NormedPlace::CANDIDATES * BLOCKS;  // of a row, from the LM head; then BLOCKS from the draw
 static_assert(BATCH_COLUMNS <= CONSUMER_WARPS * 32, "a thread a row");
 
 struct Shared {
@@ -29,7 +30,7 @@ struct Shared {
     Cut cuts[BATCH_COLUMNS];
     Candidate best[BATCH_COLUMNS];
     float residual[RESIDUAL_ROWS][BATCH_COLUMNS];
-    float inverse[BATCH_COLUMNS], squares[BATCH_COLUMNS];
+    float inverse[BATCH_COLUMNS], squares[RESIDUAL_PAIRS][BATCH_COLUMNS];
     float head_squares[2][CONSUMER_WARPS];
     volatile u32 finished;
     u32 pending, passed;
@@ -193,7 +194,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     c.enter(PHASE_INPUT, layer);
     if (is_full(layer)) {
         FullProjection finish{{base}};
-        gemm<PROJECTED_FULL, HIDDEN>(c, shared.sums, a.input, finish);
+        gemm_normed<PROJECTED_FULL>(c, shared.sums, a.input, finish);
         barrier.meet(c);
         c.enter(PHASE_ATTENTION, layer);
         attend_rows(c, a, shared.rows, layer);
@@ -204,7 +205,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         if (QUERY_DIM != VALUE_DIM) project_back<QUERY_DIM>(c, a, shared, a.mixed, update, meetings);
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
-        gemm<PROJECTED_LINEAR, HIDDEN>(c, shared.sums, a.input, finish);
+        gemm_normed<PROJECTED_LINEAR>(c, shared.sums, a.input, finish);
         HeadState state;  // does not depend on this step: on its way across the barrier
         barrier.arrive(c);
         load_state(c, a, shared.rows, layer, c.block, state);
@@ -218,7 +219,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     barrier.meet(c);
     c.enter(PHASE_INPUT, layer);
     Activation activation{{base}};
-    gemm<2 * INTERMEDIATE, HIDDEN>(c, shared.sums, a.input, activation);
+    gemm_normed<2 * INTERMEDIATE>(c, shared.sums, a.input, activation);
     barrier.meet(c);
     update.weight = layer_parameters(a.parameters, layer + 1);  // or of the norm before the LM head
     project_back<INTERMEDIATE>(c, a, shared, a.activated, update, meetings);
@@ -282,7 +283,7 @@ __device__ __forceinline__ void draw_rows(Consumer& c, const BatchArguments& a, 
         }
         ++passes;
     }
-    u64* candidates = a.candidates + BATCH_COLUMNS * BLOCKS;
+    u64* candidates = a.candidates + HEAD_CANDIDATES * BATCH_COLUMNS;
 #pragma unroll 1
     for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
         if (!draws(a, shared, n)) continue;
@@ -293,7 +294,7 @@ __device__ __forceinline__ void draw_rows(Consumer& c, const BatchArguments& a, 
 #pragma unroll 1
     for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
         if (!draws(a, shared, n)) continue;
-        Candidate best = best_candidate(c, candidates + n * BLOCKS);
+        Candidate best = best_candidate(c, candidates + n * BLOCKS, BLOCKS);
         __syncwarp();
         if (c.lane == 0) shared.best[n] = best;
     }
@@ -315,7 +316,7 @@ __device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments&
     c.enter(PHASE_TOKEN, LAYERS);
 #pragma unroll 1
     for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
-        Candidate best = best_candidate(c, a.candidates + n * BLOCKS);
+        Candidate best = best_candidate(c, a.candidates + n * HEAD_CANDIDATES, HEAD_CANDIDATES);
         if (c.lane == 0) shared.best[n] = best;
     }
     bool stop = load_relaxed(a.stop);
@@ -386,7 +387,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         c.enter(PHASE_TOKEN, LAYERS);
         if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));
         TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
-        gemm<VOCAB, HIDDEN>(c, shared.sums, a.input, finish);
+        gemm_normed<VOCAB>(c, shared.sums, a.input, finish);
         if (a.logprobs) publish_all_logprobs(c, a, shared);
         barrier.meet(c);
         if (!choose_tokens(c, a, shared, barrier, step, passes)) break;

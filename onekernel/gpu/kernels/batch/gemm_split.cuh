@@ -147,15 +147,14 @@ __device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a,
     SharedRows rows(c.block);
     int begin = first_group(HIDDEN / 8, c.block), end = first_group(HIDDEN / 8, c.block + 1);
 #pragma unroll 1
-    for (int pass = 0; pass < PASSES; ++pass)
+    for (int pass = 0; pass < PASSES; ++pass) {
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
-            const float* row = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + c.thread % 16;
-            finish(pass, 8 * group, group + 1 < end ? 16 : 8, [&](int column) {
-                float sum = 0;
-#pragma unroll
-                for (int slice = 0; slice < CONSUMER_WARPS; ++slice) sum += load_l2_float(row + (long long)(slice * PASS_COLUMNS + column) * SHARED_ROWS);
-                return sum;
+            const float* row = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + DeepPlace::row(c);
+            finish(0, pass, 8 * group, group + 1 < end ? 16 : 8, [&](int i) {
+                return sum_of_slices([&](int slice) { return load_l2_float(row + (long long)(slice * PASS_COLUMNS + DeepPlace::column(c, i)) * SHARED_ROWS); });
             });
         }
+        finish.end(pass);
+    }
 }

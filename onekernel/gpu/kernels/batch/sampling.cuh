@@ -132,12 +132,12 @@ __device__ __forceinline__ Candidate draw_row(const Consumer& c, const SamplingA
     return warp_best(best);
 }
 
-// The best of all blocks' candidates for a row.
-__device__ __forceinline__ Candidate best_candidate(const Consumer& c, const u64* candidates) {
+// The best of `count` candidates for a row.
+__device__ __forceinline__ Candidate best_candidate(const Consumer& c, const u64* candidates, int count) {
     u64 winner = 0;
 #pragma unroll 4
-    for (int block = c.lane; block < BLOCKS; block += 32) {
-        u64 word = load_relaxed64(candidates + block);
+    for (int i = c.lane; i < count; i += 32) {
+        u64 word = load_relaxed64(candidates + i);
         if (word > winner) winner = word;
     }
 #pragma unroll

@@ -81,7 +81,7 @@ def test_tokens_are_those_of_the_reference_in_any_company(name: str, request: py
     check_against_reference(host.shape, 9, tokens)
     more = [(16, 2, 13), (32, 4, 20), (64, 4, 50), (64, 8, 50), (128, 8, 70)] if name == "small" else [(16, 2, 9)]
     for columns, groups, count in more:
-        layout = dataclasses.replace(BatchLayout.plan(host.layout, columns), column_groups=groups)
+        layout = dataclasses.replace(BatchLayout.plan(host.layout, columns), column_groups=groups, ring_stages=6)
         rows = [host.row(i % VOCABULARY_SIZE) for i in range(count)]
         rows[0].max_tokens = 2
         rows[-2] = host.row(9)

@@ -132,10 +132,14 @@ def most_splits(position: int) -> int:
 
 def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     """Shared memory of a block beside the weight ring (`Shared` in batch.cu, which checks the sum)."""
+    shape = decode.shape
     sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4 * (4 // groups if groups < 4 else 1)
-    rows = residual_rows(decode.shape, decode.blocks)
+    if groups == 8 and decode.shared_memory >= ROOMY and decode.blocks % SHARING == 0:
+        sums = 8192  # no sums of slices meet in shared memory
+    attention = CONSUMER_WARPS * (shape.heads // shape.kv_heads) * 512
+    rows = residual_rows(shape, decode.blocks)
     residual = 4 * (rows + -(-rows // 16)) * columns
-    return max(sums, HISTOGRAMS_BYTES) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512
+    return max(sums, HISTOGRAMS_BYTES, attention) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512
 
 
 class BatchRow(ctypes.Structure):

@@ -23,3 +23,17 @@ static inline void multiply16(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1
     });
 }
 static inline void group_barrier(int id, int threads) { bar(id, threads); }
+static inline u32 transpose8(u32 v) {
+    cur->warp->in[cur->lane] = v;
+    rendezvous("transpose8", [](Warp* w) {
+        for (int l = 0; l < 32; ++l) {
+            u32 r = 0;
+            for (int i = 0; i < 2; ++i) {  // row l / 4 of the result: column l / 4 of the source, of its rows 2 (l % 4) + i
+                u32 word = (u32)w->in[4 * (l % 4 * 2 + i) + l / 4 / 2];
+                r |= (word >> 16 * (l / 4 % 2) & 0xFFFF) << 16 * i;
+            }
+            w->out[l] = r;
+        }
+    });
+    return (u32)cur->warp->out[cur->lane];
+}

@@ -13,6 +13,7 @@
 #include "batch/sampling.cuh"
 
 constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
+constexpr int SUMS_BYTES = IS_WIDE && SPLITS_PRODUCTS ? EXCHANGE_BYTES : 2 * (int)sizeof(Sums);
 constexpr int HEAD_CANDIDATES = NormedPlace::CANDIDATES * BLOCKS;  // of a row, from the LM head; then BLOCKS from the draw
 static_assert(BATCH_COLUMNS <= CONSUMER_WARPS * 32, "a thread a row");
 
@@ -22,7 +23,8 @@ struct Shared {
     u32 released[CONSUMER_WARPS];
     u32 landed, total;
     union {
-        Sums sums[2];
+        u8 sums[SUMS_BYTES];
+        alignas(16) WarpAttention attention[CONSUMER_WARPS];
         BatchSampling sampling;
         LogprobScratch logprobs;
     };
@@ -184,7 +186,7 @@ __device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& 
     if constexpr (SPLITS_PRODUCTS)
         gemm_split<WIDTH>(c, a, meetings, input, update);
     else
-        gemm<HIDDEN, WIDTH>(c, shared.sums, input, update);
+        gemm<HIDDEN, WIDTH>(c, (Sums*)shared.sums, input, update);
 }
 
 __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer) {
@@ -194,10 +196,10 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     c.enter(PHASE_INPUT, layer);
     if (is_full(layer)) {
         FullProjection finish{{base}};
-        gemm_normed<PROJECTED_FULL>(c, shared.sums, a.input, finish);
+        gemm_normed<PROJECTED_FULL>(c, (Sums*)shared.sums, a.input, finish);
         barrier.meet(c);
         c.enter(PHASE_ATTENTION, layer);
-        attend_rows(c, a, shared.rows, layer);
+        attend_rows(c, a, shared.rows, shared.attention, layer);
         barrier.meet(c);
         c.enter(PHASE_MERGE, layer);
         merge_rows(c, a, shared.rows);
@@ -205,7 +207,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         if (QUERY_DIM != VALUE_DIM) project_back<QUERY_DIM>(c, a, shared, a.mixed, update, meetings);
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
-        gemm_normed<PROJECTED_LINEAR>(c, shared.sums, a.input, finish);
+        gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
         HeadState state;  // does not depend on this step: on its way across the barrier
         barrier.arrive(c);
         load_state(c, a, shared.rows, layer, c.block, state);
@@ -219,7 +221,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     barrier.meet(c);
     c.enter(PHASE_INPUT, layer);
     Activation activation{{base}};
-    gemm_normed<2 * INTERMEDIATE>(c, shared.sums, a.input, activation);
+    gemm_normed<2 * INTERMEDIATE>(c, (Sums*)shared.sums, a.input, activation);
     barrier.meet(c);
     update.weight = layer_parameters(a.parameters, layer + 1);  // or of the norm before the LM head
     project_back<INTERMEDIATE>(c, a, shared, a.activated, update, meetings);
@@ -387,7 +389,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         c.enter(PHASE_TOKEN, LAYERS);
         if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));
         TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
-        gemm_normed<VOCAB>(c, shared.sums, a.input, finish);
+        gemm_normed<VOCAB>(c, (Sums*)shared.sums, a.input, finish);
         if (a.logprobs) publish_all_logprobs(c, a, shared);
         barrier.meet(c);
         if (!choose_tokens(c, a, shared, barrier, step, passes)) break;

@@ -1,5 +1,6 @@
 // Attention of every row over its own context. A warp takes one item: (row, kv head, split of the context), with one read
-// of the keys and values for all query heads of the kv head. The splits depend on the row's position alone, and are merged
+// of the keys and values for all query heads of the kv head, on the tensor cores: scores are positions times heads, the
+// output is dims times heads. The splits depend on the row's position alone, and are merged
 // in their order, so that company changes nothing.
 #pragma once
 
@@ -16,10 +17,12 @@ __device__ __forceinline__ Splits batch_splits(int position) {
     return {(tokens + length - 1) / length, length};
 }
 
-// Where the result of a split stands: HEAD_DIM sums, their weights' maximum and total.
+// Where the result of a split stands: HEAD_DIM sums in the order of `partial_dim`, their weights' maximum and total.
 __device__ __forceinline__ float* partial_place(const BatchArguments& a, int n, int head, int split) {
     return a.partial + (((long long)n * HEADS + head) * a.most_splits + split) * PARTIAL_STRIDE;
 }
+// Of place i = 32 t + 16 q + 8 r + j: the fragments of the products with V, whose rows are dims in this order.
+__device__ __forceinline__ int partial_dim(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i / 16 % 2 * 4 + i / 8 % 2 * 2 + i % 2; }
 
 // Dims 8 l to 8 l + 7 of a projected head.
 __device__ __forceinline__ void load_head(float (&x)[DIMS], const float* head, int lane) {
@@ -28,117 +31,152 @@ __device__ __forceinline__ void load_head(float (&x)[DIMS], const float* head, i
     x[4] = v[1].x, x[5] = v[1].y, x[6] = v[1].z, x[7] = v[1].w;
 }
 
-__device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& a, const Rows& rows, int layer, int n, int kv_head, int split) {
-    constexpr float LOG2E = 1.4426950408889634f;
+// What a warp keeps in shared memory: queries after norm and RoPE.
+struct WarpAttention {
+    uint4 queries[GROUP_HEADS][32];
+};
+
+constexpr int BLOCK_POSITIONS = 16;                // multiplied at a time
+constexpr int DIM_TILES = HEAD_DIM / 32, HALF_TILES = DIM_TILES / 2;
+static_assert(LEAST_BATCH_SPLIT % BLOCK_POSITIONS == 0 && GROUP_HEADS <= 8, "the columns of a product are query heads");
+
+// Half of the dims of 16 positions; lane l has positions l / 4 and l / 4 + 8, of each tile of 32 dims 8 (l % 4) and up.
+struct PositionTiles {
+    uint4 low[HALF_TILES], high[HALF_TILES];
+
+    // Of `cache`, keys or values, up to position `last`.
+    __device__ __forceinline__ void load(const u16* cache, int first, int last, int half, int lane) {
+        const u16* at = cache + half * 32 * HALF_TILES + 8 * (lane % 4);
+        const u16* row[2] = {at + (long long)min(first + lane / 4, last) * HEAD_DIM, at + (long long)min(first + 8 + lane / 4, last) * HEAD_DIM};
+#pragma unroll
+        for (int t = 0; t < HALF_TILES; ++t) low[t] = load_l2(row[0] + 32 * t), high[t] = load_l2(row[1] + 32 * t);
+    }
+};
+
+__device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& a, const Rows& rows, WarpAttention& shared, int layer, int n, int kv_head, int split) {
+    constexpr float SCALE = 1.4426950408889634f * 0.0625f;  // exp2 in place of exp, 1 / sqrt(HEAD_DIM)
     int position = rows.position[n], max_context = rows.max_context[n];
     Splits splits = batch_splits(position);
     int begin = split * splits.length, end = min(begin + splits.length, position + 1);
     u16* keys = keys_of(rows.state[n], layer, max_context) + (long long)kv_head * max_context * HEAD_DIM;
     u16* values = keys + (long long)KV_DIM * max_context;
-    uint4 k[AT_ONCE], v[AT_ONCE];
-    auto fetch = [&](uint4 (&to)[AT_ONCE], const u16* from, int first) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) to[i] = load_l2(from + (long long)min(first + i, end - 1) * HEAD_DIM + c.lane * DIMS);
-    };
-    fetch(k, keys, begin);
-    fetch(v, values, begin);
+    PositionTiles lower, upper;
+    lower.load(keys, begin, end - 1, 0, c.lane);
+    upper.load(keys, begin, end - 1, 1, c.lane);
 
-    const float* q_norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    // The queries, and in the last split the new key and value.
     const float* projected = a.projected + (long long)n * PROJECTED_STRIDE;
-    const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-    float q[GROUP_HEADS][DIMS], o[GROUP_HEADS][DIMS];
-    NormAndRope constants = fetch_norm_and_rope(q_norm, rope, c.lane);
-#pragma unroll
-    for (int head = 0; head < GROUP_HEADS; ++head) {
-        load_head(q[head], projected + (kv_head * GROUP_HEADS + head) * 2 * HEAD_DIM, c.lane);
-        norm_and_rope(q[head], constants, c.lane);
-#pragma unroll
-        for (int i = 0; i < DIMS; ++i) q[head][i] *= LOG2E * 0.0625f, o[head][i] = 0;
-    }
-    uint4 new_key = make_uint4(0, 0, 0, 0), new_value = new_key;
-    if (end == position + 1) {  // what stands at `position` in the cache is not used
-        float x[DIMS];
-        constants = fetch_norm_and_rope(q_norm + HEAD_DIM, rope, c.lane);
-        load_head(x, projected + 2 * QUERY_DIM + kv_head * HEAD_DIM, c.lane);
-        norm_and_rope(x, constants, c.lane);
-        new_key = pack8(x);
-        load_head(x, projected + 2 * QUERY_DIM + KV_DIM + kv_head * HEAD_DIM, c.lane);
-        new_value = pack8(x);
-        *(uint4*)(keys + (long long)position * HEAD_DIM + c.lane * DIMS) = new_key;
-        *(uint4*)(values + (long long)position * HEAD_DIM + c.lane * DIMS) = new_value;
-    }
-
-    // In the scattered form, lane l speaks for position l / LANES_PER_POSITION of those at once, and for one head.
-    constexpr int SCORES = AT_ONCE * PADDED_HEADS;
-    constexpr int LANES_PER_SCORE = 32 / SCORES, LANES_PER_POSITION = 32 / AT_ONCE;
-    float peak = -1e30f, total = 0;
+    bool is_last = end == position + 1;
+    __syncwarp();
 #pragma unroll 1
-    for (int first = begin; first < end; first += AT_ONCE) {
-        float scores[SCORES];
+    for (int i = 0; i < (is_last ? GROUP_HEADS + 2 : GROUP_HEADS); ++i) {
+        int place = i < GROUP_HEADS ? (kv_head * GROUP_HEADS + i) * 2 * HEAD_DIM : 2 * QUERY_DIM + (i - GROUP_HEADS) * KV_DIM + kv_head * HEAD_DIM;
+        float x[DIMS];
+        load_head(x, projected + place, c.lane);
+        if (i <= GROUP_HEADS) {
+            const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN + (i < GROUP_HEADS ? 0 : HEAD_DIM);
+            NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)position * (ROTARY_DIM / 2), c.lane);
+            norm_and_rope(x, constants, c.lane);
+        }
+        float scale = i < GROUP_HEADS ? SCALE : 1.0f;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            if (first + i == position) k[i] = new_key, v[i] = new_value;
-            float key[DIMS];
-            unpack8(key, k[i]);
+        for (int d = 0; d < DIMS; ++d) x[d] *= scale;
+        uint4 packed = pack8(x);
+        if (i < GROUP_HEADS)
+            shared.queries[i][c.lane] = packed;
+        else
+            *(uint4*)((i == GROUP_HEADS ? keys : values) + (long long)position * HEAD_DIM + c.lane * DIMS) = packed;
+    }
+    __syncwarp();
+    if (is_last && begin + BLOCK_POSITIONS > position) {  // the new key is among those that were loaded too early
+        lower.load(keys, begin, end - 1, 0, c.lane);
+        upper.load(keys, begin, end - 1, 1, c.lane);
+    }
+    const uint4* query = shared.queries[min(c.lane / 4, GROUP_HEADS - 1)] + c.lane % 4;
+
+    // Lane l speaks for heads 2 (l % 4) and the next, and for positions l / 4 and l / 4 + 8, or as many dims.
+    float out[DIM_TILES][2][4], peak[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
 #pragma unroll
-            for (int head = 0; head < PADDED_HEADS; ++head) {
-                float sum = 0;
-                if (head < GROUP_HEADS)
+    for (int t = 0; t < DIM_TILES; ++t)
 #pragma unroll
-                    for (int d = 0; d < DIMS; ++d) sum += q[head < GROUP_HEADS ? head : 0][d] * key[d];
-                scores[i * PADDED_HEADS + head] = sum;
+        for (int i = 0; i < 4; ++i) out[t][0][i] = out[t][1][i] = 0;
+#pragma unroll 1
+    for (int first = begin; first < end; first += BLOCK_POSITIONS) {
+        float scores[4] = {};
+        auto score = [&](const PositionTiles& k, int half) {
+#pragma unroll
+            for (int t = 0; t < HALF_TILES; ++t) {
+                uint4 low = k.low[t], high = k.high[t], v = query[4 * (half * HALF_TILES + t)];
+                const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
+                multiply16(scores, even, v.x, v.z);
+                multiply16(scores, odd, v.y, v.w);
             }
+        };
+        score(lower, 0);
+        lower.load(values, first, end - 1, 0, c.lane);
+        score(upper, 1);
+        upper.load(values, first, end - 1, 1, c.lane);
+        float shrink[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (first + c.lane / 4 >= end) scores[i] = -1e30f;
+            if (first + 8 + c.lane / 4 >= end) scores[2 + i] = -1e30f;
+            float best = fmaxf(peak[i], fmaxf(scores[i], scores[2 + i]));
+#pragma unroll
+            for (int offset = 4; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, offset));
+            shrink[i] = exp2_fast(peak[i] - best);
+            peak[i] = best;
+            scores[i] = exp2_fast(scores[i] - best);
+            scores[2 + i] = exp2_fast(scores[2 + i] - best);
+            total[i] = total[i] * shrink[i] + scores[i] + scores[2 + i];
         }
-        fetch(k, keys, first + AT_ONCE);
-        float score = warp_sum_scatter(scores, c.lane);
-        bool inside = first + c.lane / LANES_PER_POSITION < end;
-        float best = inside ? score : -1e30f;
+        u32 weights[2] = {transpose8(pack2(scores[0], scores[1])), transpose8(pack2(scores[2], scores[3]))};
+        auto add = [&](const PositionTiles& v, int half) {
 #pragma unroll
-        for (int offset = LANES_PER_POSITION; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, offset));
-        float new_peak = fmaxf(peak, best);
-        float scale = exp2_fast(peak - new_peak), weight = inside ? exp2_fast(score - new_peak) : 0.0f;
-        peak = new_peak;
-        total = total * scale + weight;
+            for (int t = 0; t < HALF_TILES; ++t) {
+                const u32 low[4] = {v.low[t].x, v.low[t].y, v.low[t].z, v.low[t].w}, high[4] = {v.high[t].x, v.high[t].y, v.high[t].z, v.high[t].w};
 #pragma unroll
-        for (int head = 0; head < GROUP_HEADS; ++head) {
-            float s = __shfl_sync(0xFFFFFFFFu, scale, head * LANES_PER_SCORE);
-#pragma unroll
-            for (int d = 0; d < DIMS; ++d) o[head][d] *= s;
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            float x[DIMS];
-            unpack8(x, v[i]);
-#pragma unroll
-            for (int head = 0; head < GROUP_HEADS; ++head) {
-                float p = __shfl_sync(0xFFFFFFFFu, weight, i * LANES_PER_POSITION + head * LANES_PER_SCORE);
-#pragma unroll
-                for (int d = 0; d < DIMS; ++d) o[head][d] += p * x[d];
+                for (int p = 0; p < 2; ++p) {
+                    float(&o)[4] = out[half * HALF_TILES + t][p];
+                    o[0] *= shrink[0], o[1] *= shrink[1], o[2] *= shrink[0], o[3] *= shrink[1];
+                    const u32 dims[4] = {transpose8(low[2 * p]), transpose8(low[2 * p + 1]), transpose8(high[2 * p]), transpose8(high[2 * p + 1])};
+                    multiply16(o, dims, weights[0], weights[1]);
+                }
             }
-        }
-        fetch(v, values, first + AT_ONCE);
+        };
+        int next = first + BLOCK_POSITIONS;
+        add(lower, 0);
+        lower.load(keys, next, end - 1, 0, c.lane);
+        add(upper, 1);
+        upper.load(keys, next, end - 1, 1, c.lane);
     }
 #pragma unroll
-    for (int offset = LANES_PER_POSITION; offset < 32; offset *= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, offset);
-    int my_head = c.lane / LANES_PER_SCORE;
-    if (c.lane < LANES_PER_POSITION && c.lane % LANES_PER_SCORE == 0 && my_head < GROUP_HEADS)
-        *(float2*)(partial_place(a, n, kv_head * GROUP_HEADS + my_head, split) + HEAD_DIM) = make_float2(peak, total);
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int head = 0; head < GROUP_HEADS; ++head) {
-        float4* to = (float4*)(partial_place(a, n, kv_head * GROUP_HEADS + head, split) + DIMS * c.lane);
-        to[0] = make_float4(o[head][0], o[head][1], o[head][2], o[head][3]);
-        to[1] = make_float4(o[head][4], o[head][5], o[head][6], o[head][7]);
+        for (int offset = 4; offset < 32; offset *= 2) total[i] += __shfl_xor_sync(0xFFFFFFFFu, total[i], offset);
+    }
+    if (c.lane % 4 * 2 >= GROUP_HEADS) return;
+    float* to = partial_place(a, n, kv_head * GROUP_HEADS + c.lane % 4 * 2, split) + c.lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (c.lane % 4 * 2 + i >= GROUP_HEADS) break;
+        if (c.lane < 4) *(float2*)(to + HEAD_DIM) = make_float2(peak[i], total[i]);
+#pragma unroll
+        for (int t = 0; t < DIM_TILES; ++t)
+#pragma unroll
+            for (int p = 0; p < 4; ++p) to[32 * t + 8 * p] = out[t][p / 2][p % 2 * 2 + i];
+        to += (long long)a.most_splits * PARTIAL_STRIDE;
     }
 }
 
-__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
+__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, WarpAttention* shared, int layer) {
     int item = c.block + BLOCKS * c.warp, first = 0;
 #pragma unroll 1
     for (int n = 0; n < a.rows; ++n) {
         if (!rows.kind[n]) continue;
         int count = batch_splits(rows.position[n]).count;
 #pragma unroll 1
-        for (; item < first + KV_HEADS * count; item += WARPS) attend_split(c, a, rows, layer, n, (item - first) / count, (item - first) % count);
+        for (; item < first + KV_HEADS * count; item += WARPS) attend_split(c, a, rows, shared[c.warp], layer, n, (item - first) / count, (item - first) % count);
         first += KV_HEADS * count;
     }
 }
@@ -148,10 +186,12 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
     constexpr int HALVES = HEAD_DIM / 128;
 #pragma unroll 1
     for (int item = c.block + BLOCKS * c.warp; item < a.rows * HEADS * HALVES; item += WARPS) {
-        int n = item / (HEADS * HALVES), head = item / HALVES % HEADS, dim = item % HALVES * 128 + 4 * c.lane;
+        int n = item / (HEADS * HALVES), head = item / HALVES % HEADS, place = item % HALVES * 128 + 4 * c.lane;
         if (!rows.kind[n]) continue;
         int count = batch_splits(rows.position[n]).count;
-        float4 gate = load_l2_float4(a.projected + (long long)n * PROJECTED_STRIDE + head * 2 * HEAD_DIM + HEAD_DIM + dim);
+        int dim = partial_dim(place);  // and the next, then those 8 dims on
+        const float* gates = a.projected + (long long)n * PROJECTED_STRIDE + head * 2 * HEAD_DIM + HEAD_DIM + dim;
+        float4 gate = make_float4(load_l2_float(gates), load_l2_float(gates + 1), load_l2_float(gates + 8), load_l2_float(gates + 9));
         float4 o = make_float4(0, 0, 0, 0);
         float peak = -1e30f, total = 0;
 #pragma unroll 1
@@ -170,13 +210,14 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             int end = min(32, count - first);
 #pragma unroll 4
             for (int i = 0; i < end; ++i) {
-                float4 part = load_l2_float4(partial_place(a, n, head, first + i) + dim);
+                float4 part = load_l2_float4(partial_place(a, n, head, first + i) + place);
                 float w = __shfl_sync(0xFFFFFFFFu, weight, i);
                 o.x += w * part.x, o.y += w * part.y, o.z += w * part.z, o.w += w * part.w;
             }
         }
         float inverse = 1.0f / total;
-        *(uint2*)operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + dim) =
-            make_uint2(pack2(o.x * inverse * sigmoid(gate.x), o.y * inverse * sigmoid(gate.y)), pack2(o.z * inverse * sigmoid(gate.z), o.w * inverse * sigmoid(gate.w)));
+        u16* to = operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + dim);
+        *(u32*)to = pack2(o.x * inverse * sigmoid(gate.x), o.y * inverse * sigmoid(gate.y));
+        *(u32*)(to + 8) = pack2(o.z * inverse * sigmoid(gate.z), o.w * inverse * sigmoid(gate.w));
     }
 }

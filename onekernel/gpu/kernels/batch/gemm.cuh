@@ -174,6 +174,9 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, F
     }
 }
 
+using Exchange = float[2][2 * WIDE_GROUPS][32];  // between two warps
+constexpr int EXCHANGE_BYTES = 2 * WIDE_WARPS * sizeof(Exchange);
+
 // As gemm, for many columns: a warp has a half of the matrix's columns and a quarter of the pass's, and two warps
 // exchange what they have of each other's rows. No barrier of all warps, an eighth of the traffic through shared memory.
 template <int ROWS, int WIDTH, class Finish>
@@ -240,7 +243,7 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
             }
             if constexpr (REST) multiply(FULL_STAGES * TILES_PER_STAGE, REST);
             // The sums of this half of the slices; then rows 0 to 7 go to the lower warp, 8 to 15 to the upper one.
-            float(*exchange)[2][2 * WIDE_GROUPS][32] = (float(*)[2][2 * WIDE_GROUPS][32])sums + (c.buffer * WIDE_WARPS + c.warp % WIDE_WARPS);
+            Exchange* exchange = (Exchange*)sums + (c.buffer * WIDE_WARPS + c.warp % WIDE_WARPS);
             float own[2 * WIDE_GROUPS];
 #pragma unroll
             for (int g = 0; g < WIDE_GROUPS; ++g)

@@ -81,6 +81,8 @@ static inline float __int_as_float(int u) { return from_bits<float>((unsigned)u)
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float my_expf(float x) { return expf(x); }
 #define __expf my_expf
+static inline float my_logf(float x) { return logf(x); }
+#define __logf my_logf
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 static inline int __ffs(int v) { return __builtin_ffs(v); }

@@ -180,21 +180,21 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
     a.squares[n * BLOCKS + c.block] = squares;
 }
 
+constexpr int MOST_WIDTH = INTERMEDIATE > MIXED_COLUMNS ? INTERMEDIATE : MIXED_COLUMNS;
+
 // A product back to the residual stream.
-template <int WIDTH>
-__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, ResidualUpdate& update, u32& meetings) {
+__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, int width, ResidualUpdate& update, u32& meetings) {
     if constexpr (SPLITS_PRODUCTS)
-        gemm_split<WIDTH>(c, a, meetings, input, update);
+        gemm_split<MOST_WIDTH>(c, a, meetings, input, width, update);
     else
-        gemm<HIDDEN, WIDTH>(c, (Sums*)shared.sums, input, update);
+        gemm<ResidualPlace, HIDDEN, MOST_WIDTH>(c, (Sums*)shared.sums, input, width, update);
 }
 
 __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer) {
-    const float* parameters = layer_parameters(a.parameters, layer);
     Finish base{&c, &a, &shared.rows, shared.inverse};
-    ResidualUpdate update{base, parameters + HIDDEN, shared.residual, shared.squares};
+    bool full = is_full(layer);
     c.enter(PHASE_INPUT, layer);
-    if (is_full(layer)) {
+    if (full) {
         FullProjection finish{{base}};
         gemm_normed<PROJECTED_FULL>(c, (Sums*)shared.sums, a.input, finish);
         barrier.meet(c);
@@ -203,8 +203,6 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         barrier.meet(c);
         c.enter(PHASE_MERGE, layer);
         merge_rows(c, a, shared.rows);
-        barrier.meet(c);
-        if (QUERY_DIM != VALUE_DIM) project_back<QUERY_DIM>(c, a, shared, a.mixed, update, meetings);
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
@@ -214,18 +212,25 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         barrier.wait(c);
         c.enter(PHASE_DELTA_RULE, layer);
         delta_rules(c, a, shared.rows, layer, state, shared.head_squares);
-        barrier.meet(c);
-        if (QUERY_DIM != VALUE_DIM) project_back<VALUE_DIM>(c, a, shared, a.mixed, update, meetings);
     }
-    if (QUERY_DIM == VALUE_DIM) project_back<VALUE_DIM>(c, a, shared, a.mixed, update, meetings);
-    barrier.meet(c);
-    c.enter(PHASE_INPUT, layer);
-    Activation activation{{base}};
-    gemm_normed<2 * INTERMEDIATE>(c, (Sums*)shared.sums, a.input, activation);
-    barrier.meet(c);
-    update.weight = layer_parameters(a.parameters, layer + 1);  // or of the norm before the LM head
-    project_back<INTERMEDIATE>(c, a, shared, a.activated, update, meetings);
-    barrier.meet(c);
+    // The mixer's projection, then the MLP's two: one piece of code for what is alike.
+    const float* norm = layer_parameters(a.parameters, layer) + HIDDEN;
+    const u8* input = a.mixed;
+    int width = full ? QUERY_DIM : VALUE_DIM;
+#pragma unroll 1
+    while (true) {
+        barrier.meet(c);
+        c.enter(PHASE_INPUT, layer);
+        ResidualUpdate update{base, norm, shared.residual, shared.squares};
+        project_back(c, a, shared, input, width, update, meetings);
+        barrier.meet(c);
+        if (input == a.activated) break;
+        Activation activation{{base}};
+        gemm_normed<2 * INTERMEDIATE>(c, (Sums*)shared.sums, a.input, activation);
+        norm = layer_parameters(a.parameters, layer + 1);  // or the norm before the LM head
+        input = a.activated;
+        width = INTERMEDIATE;
+    }
 }
 
 // Whether row n draws its token now.

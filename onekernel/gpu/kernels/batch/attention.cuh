@@ -208,16 +208,17 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             total = total * scale + warp_sum(weight * own_total);
             o = make_float4(o.x * scale, o.y * scale, o.z * scale, o.w * scale);
             int end = min(32, count - first);
+            const float* parts = partial_place(a, n, head, first) + place;
 #pragma unroll 4
-            for (int i = 0; i < end; ++i) {
-                float4 part = load_l2_float4(partial_place(a, n, head, first + i) + place);
+            for (int i = 0; i < end; ++i, parts += PARTIAL_STRIDE) {
+                float4 part = load_l2_float4(parts);
                 float w = __shfl_sync(0xFFFFFFFFu, weight, i);
                 o.x += w * part.x, o.y += w * part.y, o.z += w * part.z, o.w += w * part.w;
             }
         }
         float inverse = 1.0f / total;
         u16* to = operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + dim);
-        *(u32*)to = pack2(o.x * inverse * sigmoid(gate.x), o.y * inverse * sigmoid(gate.y));
-        *(u32*)(to + 8) = pack2(o.z * inverse * sigmoid(gate.z), o.w * inverse * sigmoid(gate.w));
+        *(u32*)to = pack2(o.x * inverse * quick_sigmoid(gate.x), o.y * inverse * quick_sigmoid(gate.y));
+        *(u32*)(to + 8) = pack2(o.z * inverse * quick_sigmoid(gate.z), o.w * inverse * quick_sigmoid(gate.w));
     }
 }

@@ -74,11 +74,11 @@ struct LinearProjection : NormedFinish {
                 y = t.x * w.y + t.y * w.z + t.z * w.w + t.w * y;
             }
             if (!is_decay) {
-                float gate = sigmoid(y);
+                float gate = quick_sigmoid(y);
                 y = row < CONV_DIM ? y * gate : row < CONV_DIM + VALUE_DIM ? t.x * (y * gate) : gate;
             } else {
                 float x = y + t.x;
-                y = t.y * (x > 20.0f ? x : log1pf(__expf(x)));
+                y = t.y * softplus(x);
             }
             arguments->projected[(long long)n * PROJECTED_STRIDE + row] = y;
         });
@@ -108,10 +108,10 @@ struct ResidualUpdate : Finish {
 
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
-        int own = first - 8 * first_group(HIDDEN / 8, consumer->block), local = DeepPlace::row(*consumer);
+        int own = first - 8 * first_group(HIDDEN / 8, consumer->block), local = ResidualPlace::row(*consumer);
         bool valid = local < count;
         float scale = valid ? load_constant(weight + first + local) : 0.0f;
-        each_column<DeepPlace>(*consumer, [&](int i, int column) {
+        each_column<ResidualPlace>(*consumer, [&](int i, int column) {
             int n = pass * PASS_COLUMNS + column;
             float x = 0;
             if (valid) {
@@ -148,7 +148,7 @@ struct Activation : NormedFinish {
         each_column<NormedPlace>(*consumer, [&](int i, int column) {
             int n = pass * PASS_COLUMNS + column;
             float y = sum(i) * inverse[n], up = __shfl_down_sync(0xFFFFFFFFu, y, NormedPlace::UP);
-            if (local % 8 < 4 && local < count) *operand_place<INTERMEDIATE>(arguments->activated, n, channel) = to_16_bit(silu(y) * up);
+            if (local % 8 < 4 && local < count) *operand_place<INTERMEDIATE>(arguments->activated, n, channel) = to_16_bit(y * quick_sigmoid(y) * up);
         });
     }
 };

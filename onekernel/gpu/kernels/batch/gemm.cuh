@@ -19,44 +19,51 @@ __device__ __forceinline__ float sum_of_slices(Slice slice) {
     return low + high;
 }
 
-// This warp's slice of the input, for the rows of one pass.
-template <int WIDTH>
+// This warp's slice of the input, for the rows of one pass: `tiles` tiles of 32 columns, MOST at most.
+template <int MOST>
 struct Operand {
-    static constexpr int TILES = WIDTH / CONSUMER_WARPS / 32;
-    static constexpr bool IN_REGISTERS = TILES * COLUMN_GROUPS <= MOST_OPERANDS;
-    static constexpr int HELD = IN_REGISTERS ? TILES : TILES_PER_STAGE;
+    static constexpr bool IN_REGISTERS = MOST * COLUMN_GROUPS <= MOST_OPERANDS;
+    static constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
     const u8* source;
+    long long group_bytes;  // from 8 rows of the batch to the next
     uint4 words[HELD][COLUMN_GROUPS];
 
-    __device__ __forceinline__ Operand(const Consumer& c, const u8* input, int pass)
-        : source(input + ((long long)pass * COLUMN_GROUPS * (WIDTH / 32) + c.warp * TILES) * 512 + c.lane * 16) {
-        if (IN_REGISTERS) load(0, TILES);
+    __device__ __forceinline__ Operand(const Consumer& c, const u8* input, int pass, int tiles)
+        : source(input + ((long long)pass * COLUMN_GROUPS * CONSUMER_WARPS + c.warp) * tiles * 512 + c.lane * 16), group_bytes(CONSUMER_WARPS * tiles * 512) {
+        if (IN_REGISTERS) load(0, tiles);
     }
     __device__ __forceinline__ void load(int first, int count) {
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
-                if (i < count) words[i][g] = load_l2(source + ((long long)g * (WIDTH / 32) + first + i) * 512);
+                if (i < count) words[i][g] = load_l2(source + g * group_bytes + (first + i) * 512);
     }
 };
 
-// COUNT tiles of this warp of one or two row groups, as they come from the ring, times tiles FIRST and up of the operand.
-template <int COUNT, int WIDTH>
-__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_GROUPS][4], const Operand<WIDTH>& x, int first, bool pair) {
-    uint4 low[TILES_PER_STAGE], high[TILES_PER_STAGE];
-    fetch_stage<COUNT>(c, low);
-    if (pair)
-        fetch_stage<COUNT>(c, high);
-    else
+// The next stage of one row group: `count` tiles of this warp.
+__device__ __forceinline__ void fetch_tiles(Consumer& c, uint4 (&w)[TILES_PER_STAGE], int count) {
+    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) high[i] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < TILES_PER_STAGE; ++i)
+        if (i < count) w[i] = source[i * 32];
+    c.next.advance();
+}
+
+// A stage of one or two row groups, times tiles `first` and up of the operand.
+template <int MOST>
+__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_GROUPS][4], const Operand<MOST>& x, int first, int count, bool pair) {
+    uint4 low[TILES_PER_STAGE], high[TILES_PER_STAGE] = {};
+    fetch_tiles(c, low, count);
+    if (pair) fetch_tiles(c, high, count);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
+    for (int i = 0; i < TILES_PER_STAGE; ++i) {
+        if (i >= count) break;
         const u32 even[4] = {low[i].x, high[i].x, low[i].z, high[i].z}, odd[4] = {low[i].y, high[i].y, low[i].w, high[i].w};
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
-            uint4 v = x.words[first + i][g];
+            uint4 v = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
             multiply16(acc[g], even, v.x, v.z);
             multiply16(acc[g], odd, v.y, v.w);
         }
@@ -68,10 +75,11 @@ __device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_
 //
 // Deep: all 8 warps have sums of all results, which meet in shared memory; 16 threads take the rows of one column.
 // Wide: results are in the registers of the warps that made them, in the order of the fragments of mma.sync.
+template <int UNITS_AT_ONCE>
 struct DeepPlace {
     static constexpr int THREADS_A_PAIR = 16 * PASS_COLUMNS < 256 ? 16 * PASS_COLUMNS : 256;
-    static constexpr int PAIRS_AT_ONCE = COLUMN_GROUPS == 1 ? 4 : COLUMN_GROUPS == 2 ? 2 : 1;  // behind one barrier
-    static constexpr int UNITS = PAIRS_AT_ONCE * THREADS_A_PAIR / 256;
+    static constexpr int UNITS = UNITS_AT_ONCE;
+    static constexpr int PAIRS_AT_ONCE = UNITS * 256 / THREADS_A_PAIR;  // behind one barrier
     static constexpr int COLUMNS = 16 * PASS_COLUMNS / THREADS_A_PAIR;  // that a thread finishes
     static constexpr int CANDIDATES = 256 / THREADS_A_PAIR;  // that a block has for a row of the batch, of different pairs
     __device__ __forceinline__ static int pair(const Consumer& c, int unit) { return unit * (256 / THREADS_A_PAIR) + c.thread / THREADS_A_PAIR; }
@@ -99,30 +107,32 @@ struct WidePlace {
 constexpr bool IS_WIDE = COLUMN_GROUPS >= WIDE_WARPS;
 template <bool WIDE>
 struct PlaceOf {
-    using type = DeepPlace;
+    using type = DeepPlace<COLUMN_GROUPS <= 2 ? 2 : 1>;
 };
 template <>
 struct PlaceOf<true> {
     using type = WidePlace;
 };
 using NormedPlace = PlaceOf<IS_WIDE>::type;
+using ResidualPlace = DeepPlace<1>;  // of those that lead back to the residual stream: few rows
 
 // Partial sums: of the deep form, [buffer][warp][pair][row][column]; of the wide form, what two warps exchange.
 constexpr int PAIR_SUMS = 16 * SUM_STRIDE;
-using Sums = float[CONSUMER_WARPS][DeepPlace::PAIRS_AT_ONCE * PAIR_SUMS];
+constexpr int MOST_PAIRS_AT_ONCE = PlaceOf<false>::type::PAIRS_AT_ONCE;
+using Sums = float[CONSUMER_WARPS][MOST_PAIRS_AT_ONCE * PAIR_SUMS];
 
 // For each pass and pair of row groups (or some pairs at once): finish.prepare(unit, pass, first row, rows) ahead of the
 // weights, then finish(unit, pass, first row, rows, sum), where sum(i) is the product for this thread's row of the pair
 // and its i-th column of the pass, see Place.
-template <int ROWS, int WIDTH, class Finish>
-__device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
-    using Place = DeepPlace;
-    constexpr int TILES = Operand<WIDTH>::TILES, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE, GROUPS = (ROWS + 7) / 8;
+template <class Place, int ROWS, int MOST_WIDTH, class Finish>
+__device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, int width, Finish& finish) {
+    constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
+    int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
-        Operand<WIDTH> x(c, input, pass);
+        Operand<MOST> x(c, input, pass, tiles);
         finish.begin(pass);
 #pragma unroll 1
         for (int batch = begin; batch < end; batch += 2 * Place::PAIRS_AT_ONCE) {
@@ -138,19 +148,16 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, F
                 float acc[COLUMN_GROUPS][4];
 #pragma unroll
                 for (int g = 0; g < COLUMN_GROUPS; ++g) acc[g][0] = acc[g][1] = acc[g][2] = acc[g][3] = 0;
-                if constexpr (Operand<WIDTH>::IN_REGISTERS) {
+                if constexpr (Operand<MOST>::IN_REGISTERS) {
 #pragma unroll
-                    for (int s = 0; s < FULL_STAGES; ++s) multiply_stage<TILES_PER_STAGE>(c, acc, x, s * TILES_PER_STAGE, pair);
-                    if constexpr (REST) multiply_stage<REST>(c, acc, x, FULL_STAGES * TILES_PER_STAGE, pair);
+                    for (int at = 0; at < MOST; at += TILES_PER_STAGE)
+                        if (at < tiles) multiply_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), pair);
                 } else {
 #pragma unroll 1
-                    for (int s = 0; s < FULL_STAGES; ++s) {
-                        x.load(s * TILES_PER_STAGE, TILES_PER_STAGE);
-                        multiply_stage<TILES_PER_STAGE>(c, acc, x, 0, pair);
-                    }
-                    if constexpr (REST) {
-                        x.load(FULL_STAGES * TILES_PER_STAGE, REST);
-                        multiply_stage<REST>(c, acc, x, 0, pair);
+                    for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
+                        int count = min(TILES_PER_STAGE, tiles - at);
+                        x.load(at, count);
+                        multiply_stage(c, acc, x, at, count, pair);
                     }
                 }
 #pragma unroll
@@ -165,7 +172,7 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, F
                 const float* row = sums[c.buffer][0] + Place::pair(c, unit) * PAIR_SUMS + Place::row(c) * SUM_STRIDE;
                 if (first_of(unit) < end)  // whole warps
                     finish(unit, pass, 8 * first_of(unit), rows_of(unit), [&](int i) {
-                        return sum_of_slices([&](int slice) { return row[slice * Place::PAIRS_AT_ONCE * PAIR_SUMS + Place::column(c, i)]; });
+                        return sum_of_slices([&](int slice) { return row[slice * MOST_PAIRS_AT_ONCE * PAIR_SUMS + Place::column(c, i)]; });
                     });
             }
             c.buffer ^= 1;
@@ -271,7 +278,7 @@ __device__ __forceinline__ void gemm_normed(Consumer& c, Sums* sums, const u8* i
     if constexpr (IS_WIDE)
         gemm_wide<ROWS, HIDDEN>(c, sums, input, finish);
     else
-        gemm<ROWS, HIDDEN>(c, sums, input, finish);
+        gemm<NormedPlace, ROWS, HIDDEN>(c, sums, input, HIDDEN, finish);
 }
 
 // The columns of a pass that this thread finishes.

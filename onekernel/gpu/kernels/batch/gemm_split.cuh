@@ -51,67 +51,67 @@ __device__ __forceinline__ void fill_pieces(Ring& ring, RingPosition at, const u
 
 // ---- consumers ----
 
-// COUNT tiles of this warp's slice, of up to four row groups, times tiles `first` and up of its operand.
-template <int COUNT, int HELD>
-__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[2][WARP_GROUPS][4], const uint4 (&x)[HELD][WARP_GROUPS], int first, int groups) {
+// `count` tiles of this warp's slice, of up to four row groups, times tiles `first` and up of its operand.
+template <int HELD>
+__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[2][WARP_GROUPS][4], const uint4 (&x)[HELD][WARP_GROUPS], int first, int count, int groups) {
     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp % SHARING_WARPS * COUNT * 32 + c.lane;
-    constexpr int GROUP = SHARING_WARPS * COUNT * 32;
+    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp % SHARING_WARPS * count * 32 + c.lane;
+    int group = SHARING_WARPS * count * 32;
     uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
+    for (int i = 0; i < TILES_PER_STAGE; ++i) {
+        if (i >= count) break;
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-            uint4 low = 2 * p < groups ? source[2 * p * GROUP + i * 32] : none, high = 2 * p + 1 < groups ? source[(2 * p + 1) * GROUP + i * 32] : none;
+            uint4 low = 2 * p < groups ? source[2 * p * group + i * 32] : none, high = 2 * p + 1 < groups ? source[(2 * p + 1) * group + i * 32] : none;
             const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
 #pragma unroll
             for (int g = 0; g < WARP_GROUPS; ++g) {
-                uint4 v = x[first + i][g];
+                uint4 v = x[min(first + i, HELD - 1)][g];
                 multiply16(acc[p][g], even, v.x, v.z);
                 multiply16(acc[p][g], odd, v.y, v.w);
             }
         }
+    }
     c.next.advance();
     release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
 }
 
-template <int WIDTH>
-__device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArguments& a, const u8* input) {
-    constexpr int TILES = WIDTH / CONSUMER_WARPS / 32, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE;
-    constexpr bool IN_REGISTERS = TILES * WARP_GROUPS <= MOST_OPERANDS;
-    constexpr int HELD = IN_REGISTERS ? TILES : TILES_PER_STAGE;
+template <int MOST_WIDTH>
+__device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArguments& a, const u8* input, int width) {
+    constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32;
+    constexpr bool IN_REGISTERS = MOST * WARP_GROUPS <= MOST_OPERANDS;
+    constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
+    int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
     SharedRows rows(c.block);
     int slice = c.block % SHARING * SHARING_WARPS + c.warp % SHARING_WARPS, column_group = c.warp / SHARING_WARPS * WARP_GROUPS;
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + column_group) * (WIDTH / 32) + slice * TILES) * 512 + c.lane * 16;
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + column_group) * CONSUMER_WARPS + slice) * tiles * 512 + c.lane * 16;
         uint4 x[HELD][WARP_GROUPS];
         auto load = [&](int first, int count) {
 #pragma unroll
             for (int i = 0; i < HELD; ++i)
 #pragma unroll
                 for (int g = 0; g < WARP_GROUPS; ++g)
-                    if (i < count) x[i][g] = load_l2(source + ((long long)g * (WIDTH / 32) + first + i) * 512);
+                    if (i < count) x[i][g] = load_l2(source + ((long long)g * CONSUMER_WARPS * tiles + first + i) * 512);
         };
-        if (IN_REGISTERS) load(0, TILES);
+        if (IN_REGISTERS) load(0, tiles);
 #pragma unroll 1
         for (int group = rows.first; group < rows.end; group += 4) {
             int groups = min(4, rows.end - group);
             float acc[2][WARP_GROUPS][4] = {};
             if constexpr (IN_REGISTERS) {
 #pragma unroll
-                for (int s = 0; s < FULL_STAGES; ++s) multiply_shared_stage<TILES_PER_STAGE>(c, acc, x, s * TILES_PER_STAGE, groups);
-                if constexpr (REST) multiply_shared_stage<REST>(c, acc, x, FULL_STAGES * TILES_PER_STAGE, groups);
+                for (int at = 0; at < MOST; at += TILES_PER_STAGE)
+                    if (at < tiles) multiply_shared_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), groups);
             } else {
 #pragma unroll 1
-                for (int s = 0; s < FULL_STAGES; ++s) {
-                    load(s * TILES_PER_STAGE, TILES_PER_STAGE);
-                    multiply_shared_stage<TILES_PER_STAGE>(c, acc, x, 0, groups);
-                }
-                if constexpr (REST) {
-                    load(FULL_STAGES * TILES_PER_STAGE, REST);
-                    multiply_shared_stage<REST>(c, acc, x, 0, groups);
+                for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
+                    int count = min(TILES_PER_STAGE, tiles - at);
+                    load(at, count);
+                    multiply_shared_stage(c, acc, x, 0, count, groups);
                 }
             }
             float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane % 4 * 2) * SHARED_ROWS + 8 * (group - rows.first) + c.lane / 4;
@@ -139,10 +139,10 @@ __device__ __forceinline__ void meet_sharing(Consumer& c, const BatchArguments& 
     c.locate();
 }
 
-// As gemm<HIDDEN, WIDTH>, for all blocks together.
-template <int WIDTH, class Finish>
-__device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a, u32& meetings, const u8* input, Finish& finish) {
-    multiply_slices<WIDTH>(c, a, input);
+// As gemm, for all blocks together.
+template <int MOST_WIDTH, class Finish>
+__device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a, u32& meetings, const u8* input, int width, Finish& finish) {
+    multiply_slices<MOST_WIDTH>(c, a, input, width);
     meet_sharing(c, a, meetings);
     SharedRows rows(c.block);
     int begin = first_group(HIDDEN / 8, c.block), end = first_group(HIDDEN / 8, c.block + 1);
@@ -150,9 +150,9 @@ __device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a,
     for (int pass = 0; pass < PASSES; ++pass) {
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
-            const float* row = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + DeepPlace::row(c);
+            const float* row = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + ResidualPlace::row(c);
             finish(0, pass, 8 * group, group + 1 < end ? 16 : 8, [&](int i) {
-                return sum_of_slices([&](int slice) { return load_l2_float(row + (long long)(slice * PASS_COLUMNS + DeepPlace::column(c, i)) * SHARED_ROWS); });
+                return sum_of_slices([&](int slice) { return load_l2_float(row + (long long)(slice * PASS_COLUMNS + ResidualPlace::column(c, i)) * SHARED_ROWS); });
             });
         }
         finish.end(pass);

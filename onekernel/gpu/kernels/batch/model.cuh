@@ -37,6 +37,14 @@ __device__ __forceinline__ u16* operand_place(u8* input, int row, int column) {
 }
 __device__ __forceinline__ u16 to_16_bit(float x) { return (u16)pack2(x, 0.0f); }
 
+// With the quick division: the code of a phase runs once a layer, so that its length counts.
+__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-1.44269504f * x)); }
+// log(1 + e^x); by its series where 1 + e^x would lose what counts.
+__device__ __forceinline__ float softplus(float x) {
+    float e = __expf(x);
+    return x > 20.0f ? x : x < -5.0f ? e - e * e * (0.5f - e * (1.0f / 3.0f)) : __logf(1.0f + e);
+}
+
 __device__ __forceinline__ float load_l2_float(const float* p) { return __uint_as_float(load_relaxed((const u32*)p)); }
 __device__ __forceinline__ float4 load_l2_float4(const float* p) {
     uint4 v = load_l2(p);

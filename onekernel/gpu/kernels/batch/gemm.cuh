@@ -37,7 +37,8 @@ struct Operand {
         for (int i = 0; i < HELD; ++i)
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
-                if (i < count) words[i][g] = load_l2(source + g * group_bytes + (first + i) * 512);
+                if (COLUMN_GROUPS > 1 || i < count)  // many: a branch costs registers, so the last tile is loaded again
+                    words[i][g] = load_l2(source + g * group_bytes + (first + min(i, count - 1)) * 512);
     }
 };
 

@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
             for (int i = 0; i < HELD; ++i)
 #pragma unroll
                 for (int g = 0; g < WARP_GROUPS; ++g)
-                    if (i < count) x[i][g] = load_l2(source + ((long long)g * CONSUMER_WARPS * tiles + first + i) * 512);
+                    x[i][g] = load_l2(source + ((long long)g * CONSUMER_WARPS * tiles + first + min(i, count - 1)) * 512);
         };
         if (IN_REGISTERS) load(0, tiles);
 #pragma unroll 1

@@ -33,12 +33,36 @@ __device__ __forceinline__ void next_stage(const SamplingArguments& s, Cut& cut,
     cut.target = s.top_k;
 }
 
+// Calls work(token, score) for this block's tokens: four at a time and AT_ONCE fours of each lane, so that loads go ahead
+// of what is done with them. `store`: what work leaves in score is kept.
+template <bool STORE, class Work>
+__device__ __forceinline__ void each_score(const Consumer& c, const SamplingArguments& s, int first, int end, Work work) {
+    constexpr int AT_ONCE = 4;
+#pragma unroll 1
+    for (int at = first + 4 * c.lane; at < end; at += 128 * AT_ONCE) {
+        float4 scores[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) scores[i] = *(const float4*)(s.scores + min(at + 128 * i, VOCAB - 4));
+#pragma unroll 1
+        for (int i = 0; i < AT_ONCE; ++i) {
+            float4 four = scores[0];
+#pragma unroll
+            for (int j = 1; j < AT_ONCE; ++j) scores[j - 1] = scores[j];  // no array with a variable index
+            float one[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (at + 128 * i + j < end) work(at + 128 * i + j, one[j]);
+            if (STORE && at + 128 * i < end) *(float4*)(s.scores + at + 128 * i) = make_float4(one[0], one[1], one[2], one[3]);
+        }
+    }
+}
+static_assert(VOCAB % 4 == 0, "scores are read in fours");
+
 // z = (score - highest) / temperature of this block's tokens.
 __device__ __forceinline__ void temper_row(const Consumer& c, const SamplingArguments& s, float highest) {
     OwnRows own(c.block);
-#pragma unroll 4
-    for (int row = own.first + c.lane; row < own.end; row += 32)
-        s.scores[row] = divide_rounded(subtract_rounded(s.scores[row], highest), s.temperature);
+    float temperature = s.temperature;
+    each_score<true>(c, s, own.first, own.end, [&](int, float& score) { score = divide_rounded(subtract_rounded(score, highest), temperature); });
 }
 
 // This block's part of a pass of one row.
@@ -52,11 +76,9 @@ __device__ __forceinline__ void count_row(const Consumer& c, const SamplingArgum
         for (int i = c.lane; i < BINS; i += 32) shared.count[i] = shared.low[i] = shared.high[i] = 0;
         __syncwarp();
         int end = min(own.end, start + CHUNK);
-#pragma unroll 2
-        for (int row = start + c.lane; row < end; row += 32) {
-            float z = s.scores[row];
+        each_score<false>(c, s, start, end, [&](int row, float z) {
             u64 key = order_key(z, row);
-            if (key < cut.kept || key >> cut.shift >> 8 != cut.prefix) continue;
+            if (key < cut.kept || key >> cut.shift >> 8 != cut.prefix) return;
             u32 digit = (u32)(key >> cut.shift) & (BINS - 1);
             atomicAdd(shared.count + digit, 1u);
             if (by_mass) {
@@ -64,7 +86,7 @@ __device__ __forceinline__ void count_row(const Consumer& c, const SamplingArgum
                 atomicAdd(shared.low + digit, (u32)mass & ((1u << MASS_LOW_BITS) - 1));
                 atomicAdd(shared.high + digit, (u32)(mass >> MASS_LOW_BITS));
             }
-        }
+        });
         __syncwarp();
 #pragma unroll 1
         for (int i = c.lane; i < BINS; i += 32) {
@@ -123,12 +145,12 @@ __device__ __forceinline__ void settle_digit(const Consumer& c, const SamplingAr
 __device__ __forceinline__ Candidate draw_row(const Consumer& c, const SamplingArguments& s, u64 kept, u64 position) {
     Candidate best{0, 0xFFFFFu};
     OwnRows own(c.block);
-#pragma unroll 1
-    for (int row = own.first + c.lane; row < own.end; row += 32) {
-        float z = s.scores[row];
-        if (order_key(z, row) < kept || (s.min_p > 0.0f && elementary_exp(z) < s.min_p)) continue;
-        best.offer(ordered(add_rounded(z, gumbel(row, position, s.seed))), row);
-    }
+    float least = s.min_p;
+    u64 seed = s.seed;
+    each_score<false>(c, s, own.first, own.end, [&](int row, float z) {
+        if (order_key(z, row) < kept || (least > 0.0f && elementary_exp(z) < least)) return;
+        best.offer(ordered(add_rounded(z, gumbel(row, position, seed))), row);
+    });
     return warp_best(best);
 }
 

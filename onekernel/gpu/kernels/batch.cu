@@ -68,12 +68,13 @@ struct Producer {
         source += (long long)(first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
     }
 
-    // Streams this block's rows of one matrix, once a pass, in pairs of groups: stage by stage, those of the two in turn.
+    // Streams this block's rows of one matrix, once or once a pass, in pairs of groups: stage by stage, those of the two in turn.
     __device__ __forceinline__ void own_matrix(const u8* own_source, int groups, int columns, u32 in_flight) {
         int tiles = columns / CONSUMER_WARPS / 32;
         int own = first_group(groups, blockIdx.x + 1) - first_group(groups, blockIdx.x);
+        int passes = is_resident(stages_of(own, tiles)) ? 1 : PASSES;
 #pragma unroll 1
-        for (int pass = 0; pass < PASSES; ++pass)
+        for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
             for (int group = 0; group < own; group += 2)
 #pragma unroll 1
@@ -90,8 +91,9 @@ struct Producer {
     __device__ __forceinline__ void shared_matrix(int columns, u32 in_flight) {
         int tiles = columns / CONSUMER_WARPS / 32, lane = threadIdx.x % 32, slice = blockIdx.x % SHARING * SHARING_WARPS;
         SharedRows shared_rows(blockIdx.x);
+        int passes = is_resident(stages_of(shared_rows.quads(), tiles)) ? 1 : PASSES;
 #pragma unroll 1
-        for (int pass = 0; pass < PASSES; ++pass)
+        for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
             for (int group = shared_rows.first; group < shared_rows.end; group += 4) {
                 int own = min(group + lane % 4, shared_rows.end - 1), holder = blockIdx.x / SHARING * SHARING;

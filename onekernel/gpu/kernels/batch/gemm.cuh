@@ -42,6 +42,26 @@ struct Operand {
     }
 };
 
+// Whether a block's part of a matrix stays in the ring for all passes, or streams once a pass. `stages` of the part.
+__device__ __forceinline__ bool is_resident(int stages) { return PASSES > 1 && stages <= RING_STAGES; }
+__device__ __forceinline__ int stages_of(int groups, int tiles) { return groups * ((tiles + TILES_PER_STAGE - 1) / TILES_PER_STAGE); }
+
+// Where the consumers begin with a matrix, and whether they give its stages back.
+struct Residence {
+    RingPosition start;
+    bool resident, last;
+
+    __device__ __forceinline__ Residence(const Consumer& c, int stages) : start(c.next), resident(is_resident(stages)), last(true) {}
+    __device__ __forceinline__ void begin(Consumer& c, int pass) {
+        if (PASSES == 1) return;
+        if (resident) c.next = start;
+        last = !resident || pass == PASSES - 1;
+    }
+    __device__ __forceinline__ void release(Consumer& c) const {
+        if (last) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
+    }
+};
+
 // The next stage of one row group: `count` tiles of this warp.
 __device__ __forceinline__ void fetch_tiles(Consumer& c, uint4 (&w)[TILES_PER_STAGE], int count) {
     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
@@ -54,7 +74,7 @@ __device__ __forceinline__ void fetch_tiles(Consumer& c, uint4 (&w)[TILES_PER_ST
 
 // A stage of one or two row groups, times tiles `first` and up of the operand.
 template <int MOST>
-__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_GROUPS][4], const Operand<MOST>& x, int first, int count, bool pair) {
+__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_GROUPS][4], const Operand<MOST>& x, int first, int count, bool pair, const Residence& residence) {
     uint4 low[TILES_PER_STAGE], high[TILES_PER_STAGE] = {};
     fetch_tiles(c, low, count);
     if (pair) fetch_tiles(c, high, count);
@@ -69,7 +89,7 @@ __device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_
             multiply16(acc[g], odd, v.y, v.w);
         }
     }
-    release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
+    residence.release(c);
 }
 
 // Who finishes which results of a pair of row groups, `unit` of UNITS being pairs that are finished together.
@@ -131,8 +151,10 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
     int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
+    Residence residence(c, stages_of(end - begin, tiles));
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
+        residence.begin(c, pass);
         Operand<MOST> x(c, input, pass, tiles);
         finish.begin(pass);
 #pragma unroll 1
@@ -152,13 +174,13 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
                 if constexpr (Operand<MOST>::IN_REGISTERS) {
 #pragma unroll
                     for (int at = 0; at < MOST; at += TILES_PER_STAGE)
-                        if (at < tiles) multiply_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), pair);
+                        if (at < tiles) multiply_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), pair, residence);
                 } else {
 #pragma unroll 1
                     for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                         int count = min(TILES_PER_STAGE, tiles - at);
                         x.load(at, count);
-                        multiply_stage(c, acc, x, at, count, pair);
+                        multiply_stage(c, acc, x, at, count, pair, residence);
                     }
                 }
 #pragma unroll
@@ -195,8 +217,10 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
     constexpr int HELD = IN_REGISTERS ? TILES : 1;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), half = Place::half(c);
+    Residence residence(c, stages_of(end - begin, TILES));
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
+        residence.begin(c, pass);
         const u8* source = input + ((long long)(pass * COLUMN_GROUPS + c.warp % WIDE_WARPS * WIDE_GROUPS) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
         uint4 x[HELD][HALF_SLICES][WIDE_GROUPS];
         auto load = [&](int held, int tile) {
@@ -240,7 +264,7 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                         }
                     }
                 }
-                release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
+                residence.release(c);
             };
             if constexpr (IN_REGISTERS) {
 #pragma unroll

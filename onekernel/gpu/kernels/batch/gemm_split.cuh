@@ -20,6 +20,7 @@ struct SharedRows {
         first = first_group(HIDDEN / 8, block / SHARING * SHARING);
         end = first_group(HIDDEN / 8, block / SHARING * SHARING + SHARING);
     }
+    __device__ __forceinline__ int quads() const { return (end - first + 3) / 4; }
 };
 
 // Sums of a slice: [four blocks][pass][slice][column of the pass][row].
@@ -53,7 +54,7 @@ __device__ __forceinline__ void fill_pieces(Ring& ring, RingPosition at, const u
 
 // `count` tiles of this warp's slice, of up to four row groups, times tiles `first` and up of its operand.
 template <int HELD>
-__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[2][WARP_GROUPS][4], const uint4 (&x)[HELD][WARP_GROUPS], int first, int count, int groups) {
+__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[2][WARP_GROUPS][4], const uint4 (&x)[HELD][WARP_GROUPS], int first, int count, int groups, const Residence& residence) {
     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
     const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp % SHARING_WARPS * count * 32 + c.lane;
     int group = SHARING_WARPS * count * 32;
@@ -74,7 +75,7 @@ __device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[
         }
     }
     c.next.advance();
-    release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
+    residence.release(c);
 }
 
 template <int MOST_WIDTH>
@@ -86,8 +87,10 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
     c.locate();
     SharedRows rows(c.block);
     int slice = c.block % SHARING * SHARING_WARPS + c.warp % SHARING_WARPS, column_group = c.warp / SHARING_WARPS * WARP_GROUPS;
+    Residence residence(c, stages_of(rows.quads(), tiles));
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
+        residence.begin(c, pass);
         const u8* source = input + ((long long)(pass * COLUMN_GROUPS + column_group) * CONSUMER_WARPS + slice) * tiles * 512 + c.lane * 16;
         uint4 x[HELD][WARP_GROUPS];
         auto load = [&](int first, int count) {
@@ -105,13 +108,13 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
             if constexpr (IN_REGISTERS) {
 #pragma unroll
                 for (int at = 0; at < MOST; at += TILES_PER_STAGE)
-                    if (at < tiles) multiply_shared_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), groups);
+                    if (at < tiles) multiply_shared_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), groups, residence);
             } else {
 #pragma unroll 1
                 for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                     int count = min(TILES_PER_STAGE, tiles - at);
                     load(at, count);
-                    multiply_shared_stage(c, acc, x, 0, count, groups);
+                    multiply_shared_stage(c, acc, x, 0, count, groups, residence);
                 }
             }
             float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane % 4 * 2) * SHARED_ROWS + 8 * (group - rows.first) + c.lane / 4;

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from onekernel.backend.batch import Batch
+from onekernel.backend.cuda_batch import CudaBatch
 from onekernel.backend.stepwise import StepwiseBackend, check_limits
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
-from onekernel.errors import BackendError
+from onekernel.errors import BackendError, NotEnoughMemory, UnsupportedModel
 from onekernel.gpu import decoder, parking
+from onekernel.gpu.batch_decoder import BatchDecoder
+from onekernel.gpu.batch_layout import BUCKETS
 from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import FIRST_CAPACITY, MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
@@ -72,6 +76,7 @@ class CudaBackend(StepwiseBackend[State]):
     name = "cuda"
     runs_ahead = True
     prefill_chunk = prefill_cut = MOST_CHUNK_TOKENS
+    most_slots = BUCKETS[-1]
 
     def __init__(
         self,
@@ -147,6 +152,14 @@ class CudaBackend(StepwiseBackend[State]):
             if token.id in stop_tokens or count == room:
                 return
             tokens = [token.id]
+
+    def batch(self, slots: int) -> Batch:
+        alone = super().batch(slots)
+        try:
+            kernel = BatchDecoder(self.decoder, slots)
+        except (UnsupportedModel, NotEnoughMemory):  # this chip has no room for such a kernel: the rows take turns
+            return alone
+        return CudaBatch(kernel, alone, self._prepare, self._advance, MOST_STOP_TOKENS, self.max_context)
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)

@@ -84,7 +84,7 @@ def generate_many(
     news: SimpleQueue[int] = SimpleQueue()  # answers that have something new, by their place
     growing: list[Growing] = []
     most = concurrency(engine, max_concurrent)
-    scheduler = Scheduler(engine, most_running=most, most_waiting=len(prompts), deterministic=True)
+    scheduler = Scheduler(engine, most_running=most, most_waiting=len(prompts), deterministic=True, patient=True)
     try:
         for i, prompt in enumerate(prompts):
             parser = AnswerParser(tokenizer, stop=stop, end_tokens=stop_tokens)

@@ -176,7 +176,7 @@ def test_a_full_disk_ends_the_job(make, files, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OutputFailed("full")
 
-    monkeypatch.setattr(Output, "add", full)
+    monkeypatch.setattr(Output, "add_all", full)
     with pytest.raises(OutputFailed, match="full"):
         run_job(make(), files("a", "b", "c"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def run(
     # A line that asks for several choices submits them all at once: the queue has room for them.
     workers = concurrency(model.engine, max_concurrent)
     waiting = workers * Settings.most_choices
-    settings = Settings(model_name=name, most_running=workers, most_waiting=waiting, deterministic=True)
+    settings = Settings(model_name=name, most_running=workers, most_waiting=waiting, deterministic=True, patient=True)
     service = Service(model, settings)
     try:
         job = Job(service, output, len(plan.digests))
@@ -130,6 +130,8 @@ class Job:
         self._total = total
         self._started_at = time.perf_counter()
         self._problems: list[str] = []
+        self._unwritten: list[tuple[int, dict[str, Any], Sequence[str]]] = []
+        self._writing = asyncio.Lock()
 
     def progress(self) -> Progress:
         return Progress(
@@ -160,6 +162,17 @@ class Job:
         for line in lines:
             await asyncio.sleep(0)  # lines that need no answer must not keep the report waiting
             result = await self._answers.result(line)
-            self._output.add(line.number, result, () if line.problem else ignored_fields(line))
+            await self._write(line.number, result, () if line.problem else ignored_fields(line))
             if is_failure(result) and line.problem is None and len(self._problems) < ENOUGH_TOLD:
                 self._problems.append(f"line {line.number}: {result['response']['body']['error']['message']}")
+
+    async def _write(self, number: int, result: dict[str, Any], ignored: Sequence[str]) -> None:
+        """Returns when the line is on the disk. Lines that are done while others are being written go together.
+
+        A thread waits for the disk; `asyncio.run` does not return before it has ended, so the output is open till then.
+        """
+        self._unwritten.append((number, result, ignored))
+        async with self._writing:
+            if together := self._unwritten:
+                self._unwritten = []
+                await asyncio.to_thread(self._output.add_all, together)

@@ -35,7 +35,7 @@ class Worker:
         settings = options.settings()
         waiting = 2 * most * settings.most_choices
         self._service = Service(
-            self._model, replace(settings, most_running=most, most_waiting=waiting, deterministic=True)
+            self._model, replace(settings, most_running=most, most_waiting=waiting, deterministic=True, patient=True)
         )
         self._answers = Answers(self._service)
         self._free = asyncio.Semaphore(2 * most)

@@ -25,6 +25,7 @@ LONG_STEPS = 256  # while nobody waits: each run costs the engine a new start. I
 LONG_S = 0.5  # and no longer, for a backend that cannot end a run early
 QUIET_PREFILL_S = 0.1  # of one round without streams: cancelling and newcomers wait for so long
 PREFILL_S = 0.025  # that streams may stand still in one round
+OVERTIME = 1.25  # a further part is read if it is expected to end before so many times that
 PREFILL_TOKENS = (32, 2048)  # least and most of one part of a prompt
 SNAPSHOT_TOKENS = 32  # a snapshot is taken when so many tokens would otherwise be read again
 
@@ -34,11 +35,17 @@ class Rounds:
     token of a prompt counts as the part of a made one that it usually takes."""
 
     def __init__(
-        self, engine: Engine, cache: PrefixCache, others_wait: Callable[[int], bool], deterministic: bool = False
+        self,
+        engine: Engine,
+        cache: PrefixCache,
+        others_wait: Callable[[int], bool],
+        deterministic: bool = False,
+        patient: bool = False,
     ) -> None:
         """Args:
         others_wait: whether requests wait outside that could start if so many of the running ones had ended.
         deterministic: one request by itself runs as one of many, too.
+        patient: streams may stand still for longer.
         """
         self.running: list[Turn] = []
         """In the order in which they came."""
@@ -51,6 +58,7 @@ class Rounds:
         self._cache = cache
         self._others_wait = others_wait
         self._deterministic = deterministic
+        self._patient = patient
         self._step_s = DECODE_S / 4  # what a step takes, roughly
         self._prefill_s = PREFILL_S / PREFILL_TOKENS[0]  # the same of a token of a prompt
         self._slots = 1
@@ -96,11 +104,14 @@ class Rounds:
         """Read parts of prompts until the time for that is over, or all are read."""
         waiting = [turn for turn in self.running if not turn.parked and (turn.unread or turn.stops)]
         streams = any(turn.generated and not turn.parked for turn in self.running)
-        most_s, spent = PREFILL_S if streams else QUIET_PREFILL_S, 0.0
+        most_s, spent = PREFILL_S if streams and not self._patient else QUIET_PREFILL_S, 0.0
         while waiting and spent < most_s:
             turn = min(waiting, key=lambda turn: (turn.request.priority, turn.served))
             before, started_at = turn.unread, time.perf_counter()
             least, most = PREFILL_TOKENS
+            smallest = min(before, max(least, self._engine.prefill_cut))
+            if spent and spent + smallest * self._prefill_s > OVERTIME * most_s:
+                return
             part = min(max(int((most_s - spent) / self._prefill_s), least), most)
             self._guarded(turn, partial(self._read, turn, part))
             read = before - turn.unread

@@ -49,6 +49,7 @@ class Scheduler:
         most_waiting: int = MOST_WAITING,
         cache_bytes: int = CACHE_BYTES,
         deterministic: bool = False,
+        patient: bool = False,
     ) -> None:
         """Args:
         most_running: requests that share the engine at a time, each with a state; None: 32, or as many as one step of
@@ -57,6 +58,7 @@ class Scheduler:
         cache_bytes: for snapshots of what was read, see PrefixCache.
         deterministic: the tokens of a request do not depend on whether it was alone: it runs as one of many even then.
             The kernels for one and for many round differently. (What was found in the cache may still turn a last bit.)
+        patient: nobody reads the answers as they come: prompts go first, so that more run together sooner.
         """
         self.most_running = most_running or max(LEAST_RUNNING, engine.most_slots)
         self.most_waiting = most_waiting
@@ -65,7 +67,7 @@ class Scheduler:
         """What ended the thread, if anything did: no request can be served any more."""
         self._engine = engine
         self._waiting: list[Ticket] = []  # the next one first
-        self._rounds = Rounds(engine, self.cache, self._others_wait, deterministic)
+        self._rounds = Rounds(engine, self.cache, self._others_wait, deterministic, patient)
         self._wake = threading.Condition()
         self._closing = False
         self._end_at: float | None = None  # time.perf_counter() at which what still runs is cut off

@@ -194,6 +194,7 @@ class Service:
             most_waiting=settings.most_waiting,
             cache_bytes=settings.cache_bytes,
             deterministic=settings.deterministic,
+            patient=settings.patient,
         )
         self.grammars = Grammars(model.tokenizer)
         # Takes a second for a large vocabulary: meanwhile requests without a grammar are served.

@@ -67,17 +67,24 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
     // The queries, and in the last split the new key and value.
     const float* projected = a.projected + (long long)n * PROJECTED_STRIDE;
     bool is_last = end == position + 1;
+    const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)position * (ROTARY_DIM / 2), c.lane);
+    float key_norm[DIMS], next[DIMS];
+#pragma unroll
+    for (int d = 0; d < DIMS; ++d) key_norm[d] = load_constant(norm + HEAD_DIM + c.lane * DIMS + d);
+    auto place = [&](int i) { return projected + (i < GROUP_HEADS ? (kv_head * GROUP_HEADS + i) * 2 * HEAD_DIM : 2 * QUERY_DIM + (i - GROUP_HEADS) * KV_DIM + kv_head * HEAD_DIM); };
+    load_head(next, place(0), c.lane);
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < (is_last ? GROUP_HEADS + 2 : GROUP_HEADS); ++i) {
-        int place = i < GROUP_HEADS ? (kv_head * GROUP_HEADS + i) * 2 * HEAD_DIM : 2 * QUERY_DIM + (i - GROUP_HEADS) * KV_DIM + kv_head * HEAD_DIM;
         float x[DIMS];
-        load_head(x, projected + place, c.lane);
-        if (i <= GROUP_HEADS) {
-            const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN + (i < GROUP_HEADS ? 0 : HEAD_DIM);
-            NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)position * (ROTARY_DIM / 2), c.lane);
-            norm_and_rope(x, constants, c.lane);
-        }
+#pragma unroll
+        for (int d = 0; d < DIMS; ++d) x[d] = next[d];
+        load_head(next, place(min(i + 1, GROUP_HEADS + 1)), c.lane);
+        if (i == GROUP_HEADS)
+#pragma unroll
+            for (int d = 0; d < DIMS; ++d) constants.weight[d] = key_norm[d];
+        if (i <= GROUP_HEADS) norm_and_rope(x, constants, c.lane);
         float scale = i < GROUP_HEADS ? SCALE : 1.0f;
 #pragma unroll
         for (int d = 0; d < DIMS; ++d) x[d] *= scale;
@@ -169,15 +176,36 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
     }
 }
 
-__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, WarpAttention* shared, int layer) {
-    int item = c.block + BLOCKS * c.warp, first = 0;
+// By one warp: the first item of each row, and how many items there are.
+__device__ __forceinline__ void count_items(const Consumer& c, const BatchArguments& a, const Rows& rows, int* first_item) {
+    int total = 0;
 #pragma unroll 1
-    for (int n = 0; n < a.rows; ++n) {
-        if (!rows.kind[n]) continue;
-        int count = batch_splits(rows.position[n]).count;
+    for (int n = c.lane; n - c.lane < a.rows; n += 32) {
+        int count = n < a.rows && rows.kind[n] ? KV_HEADS * batch_splits(rows.position[n]).count : 0, sum = count;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            int other = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
+            if (c.lane >= offset) sum += other;
+        }
+        if (n < a.rows) first_item[n] = total + sum - count;
+        total += __shfl_sync(0xFFFFFFFFu, sum, 31);
+    }
+    if (c.lane == 0) first_item[a.rows] = total;
+}
+
+__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, WarpAttention* shared, int layer) {
+    int items = first_item[a.rows];
 #pragma unroll 1
-        for (; item < first + KV_HEADS * count; item += WARPS) attend_split(c, a, rows, shared[c.warp], layer, n, (item - first) / count, (item - first) % count);
-        first += KV_HEADS * count;
+    for (int item = c.block + BLOCKS * c.warp; item < items; item += WARPS) {
+        int n = 0, end = a.rows;  // the last row that begins here or before
+#pragma unroll 1
+        while (end - n > 1) {
+            int middle = (n + end) / 2;
+            if (first_item[middle] <= item) n = middle;
+            else end = middle;
+        }
+        int count = (first_item[n + 1] - first_item[n]) / KV_HEADS, own = item - first_item[n];
+        attend_split(c, a, rows, shared[c.warp], layer, n, own / count, own % count);
     }
 }
 

@@ -15,16 +15,24 @@ __device__ __forceinline__ float* head_state(const Rows& rows, int n, int layer,
     return recurrent_state(rows.state[n], layer) + ((long long)head * VALUE_HEAD_DIM + c.warp * WARP_COLUMNS) * KEY_HEAD_DIM + 4 * c.lane;
 }
 
+__device__ __forceinline__ bool is_item(const BatchArguments& a, const Rows& rows, int item) { return item < a.rows * VALUE_HEADS && rows.kind[item / VALUE_HEADS]; }
+
 __device__ __forceinline__ void load_state(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer, int item, HeadState& s) {
-    int n = min(item / VALUE_HEADS, a.rows - 1);  // any state will do where there is no item: a branch here costs registers
-    const float* from = head_state(rows, n, layer, item % VALUE_HEADS, c);
+    bool wanted = is_item(a, rows, item);
+    const float* from = head_state(rows, wanted ? item / VALUE_HEADS : 0, layer, item % VALUE_HEADS, c);
 #pragma unroll
-    for (int i = 0; i < WARP_COLUMNS; ++i) s.column[i] = load_l2_float4(from + i * KEY_HEAD_DIM);
+    for (int i = 0; i < WARP_COLUMNS; ++i) load_l2_if(s.column[i], from + i * KEY_HEAD_DIM, wanted);
 }
 
-__device__ __forceinline__ void delta_rule(Consumer& c, const BatchArguments& a, const Rows& rows, int layer, int item, HeadState& s, float (*squares)[CONSUMER_WARPS]) {
+// What becomes of the state: column i is decay * column + k * delta of lane 2 i.
+struct Update {
+    float decay, delta;
+    float4 k;
+};
+
+// Leaves an item's output, after the gated norm, for the projection that follows.
+__device__ __forceinline__ Update delta_output(Consumer& c, const BatchArguments& a, int item, const HeadState& s, float (*squares)[CONSUMER_WARPS]) {
     int n = item / VALUE_HEADS, head = item % VALUE_HEADS;
-    if (!rows.kind[n]) return;  // the whole block
     const float* projected = a.projected + (long long)n * PROJECTED_STRIDE;
     const float* keys = projected + head / (VALUE_HEADS / KEY_HEADS) * KEY_HEAD_DIM + 4 * c.lane;
     int own = head * VALUE_HEAD_DIM + c.warp * WARP_COLUMNS + c.lane / 2;  // lanes 2 i and 2 i + 1 speak for column i
@@ -46,29 +54,37 @@ __device__ __forceinline__ void delta_rule(Consumer& c, const BatchArguments& a,
     float o = decay * q_scale * sq + delta * (kq * k_scale * q_scale);
     float sum = warp_sum(c.lane % 2 ? 0.0f : o * o);
     if (c.lane == 0) squares[c.buffer][c.warp] = sum;
-    float* to = head_state(rows, n, layer, head, c);
-#pragma unroll
-    for (int i = 0; i < WARP_COLUMNS; ++i) {
-        float d = k_scale * __shfl_sync(0xFFFFFFFFu, delta, 2 * i);
-        *(float4*)(to + i * KEY_HEAD_DIM) = decayed_plus(decay, s.column[i], k, d);
-    }
     consumer_barrier();
     float total = 0;
 #pragma unroll
     for (int w = 0; w < CONSUMER_WARPS; ++w) total += squares[c.buffer][w];
+    c.buffer ^= 1;
     float y = o * rsqrtf(total / VALUE_HEAD_DIM + NORM_EPS) * gate;
     if (c.lane % 2 == 0) *operand_place<VALUE_DIM>(a.mixed, n, own) = to_16_bit(y);
-    c.buffer ^= 1;
+    return {decay, k_scale * delta, k};
 }
 
-// `s`: the state of this block's first item, loaded ahead of the barrier.
-__device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a, const Rows& rows, int layer, HeadState& s, float (*squares)[CONSUMER_WARPS]) {
+// `s` and `next`: the states of this block's first two items, loaded ahead of the barrier. Ends with the arrival at the
+// next barrier, ahead of the last state's way back to memory: no other block reads it. A column whose update is done
+// gives its registers to the item after next, so that loads are under way all the time.
+__device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a, const Rows& rows, GridBarrier& barrier, int layer, HeadState& s, HeadState& next,
+                                            float (*squares)[CONSUMER_WARPS]) {
+    int items = a.rows * VALUE_HEADS;
 #pragma unroll 1
-    for (int item = c.block; item < a.rows * VALUE_HEADS; item += BLOCKS) {
-        HeadState next;
-        load_state(c, a, rows, layer, item + BLOCKS, next);
-        delta_rule(c, a, rows, layer, item, s, squares);
+    for (int item = c.block;; item += BLOCKS) {
+        bool active = is_item(a, rows, item), last = item + BLOCKS >= items, wanted = is_item(a, rows, item + 2 * BLOCKS);
+        Update u = {};
+        if (active) u = delta_output(c, a, item, s, squares);
+        if (last) barrier.arrive(c);
+        float* to = active ? head_state(rows, item / VALUE_HEADS, layer, item % VALUE_HEADS, c) : nullptr;
+        const float* from = wanted ? head_state(rows, (item + 2 * BLOCKS) / VALUE_HEADS, layer, (item + 2 * BLOCKS) % VALUE_HEADS, c) : nullptr;
 #pragma unroll
-        for (int i = 0; i < WARP_COLUMNS; ++i) s.column[i] = next.column[i];
+        for (int i = 0; i < WARP_COLUMNS; ++i) {
+            float4 updated = decayed_plus(u.decay, s.column[i], u.k, __shfl_sync(0xFFFFFFFFu, u.delta, 2 * i));
+            if (active) *(float4*)(to + i * KEY_HEAD_DIM) = updated;
+            s.column[i] = next.column[i];
+            load_l2_if(next.column[i], from + i * KEY_HEAD_DIM, wanted);
+        }
+        if (last) break;
     }
 }

@@ -210,7 +210,8 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
-        HeadState state = {}, next = {};  // do not depend on this step: on their way across the barrier
+        HeadState state = {};  // these do not depend on this step: on their way across the barrier
+        NextState next = {};
         barrier.arrive(c);
         load_state(c, a, shared.rows, layer, c.block, state);
         load_state(c, a, shared.rows, layer, c.block + BLOCKS, next);

@@ -7,9 +7,15 @@
 constexpr int WARP_COLUMNS = VALUE_HEAD_DIM / CONSUMER_WARPS;
 static_assert(WARP_COLUMNS == 16 && KEY_HEAD_DIM == 128, "two sums a column make 32, one a lane; a lane has 4 keys");
 
-struct HeadState {
-    float4 column[WARP_COLUMNS];  // keys 4 l to 4 l + 3 of each
+constexpr int AHEAD = WARP_COLUMNS / 2;  // columns of the item after that are loaded as early: more do not fit in registers
+
+// Keys 4 l to 4 l + 3 of columns of a state.
+template <int COLUMNS>
+struct StateOf {
+    float4 column[COLUMNS];
 };
+using HeadState = StateOf<WARP_COLUMNS>;
+using NextState = StateOf<AHEAD>;
 
 __device__ __forceinline__ float* head_state(const Rows& rows, int n, int layer, int head, const Consumer& c) {
     return recurrent_state(rows.state[n], layer) + ((long long)head * VALUE_HEAD_DIM + c.warp * WARP_COLUMNS) * KEY_HEAD_DIM + 4 * c.lane;
@@ -17,11 +23,12 @@ __device__ __forceinline__ float* head_state(const Rows& rows, int n, int layer,
 
 __device__ __forceinline__ bool is_item(const BatchArguments& a, const Rows& rows, int item) { return item < a.rows * VALUE_HEADS && rows.kind[item / VALUE_HEADS]; }
 
-__device__ __forceinline__ void load_state(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer, int item, HeadState& s) {
+template <int COLUMNS>
+__device__ __forceinline__ void load_state(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer, int item, StateOf<COLUMNS>& s) {
     bool wanted = is_item(a, rows, item);
     const float* from = head_state(rows, wanted ? item / VALUE_HEADS : 0, layer, item % VALUE_HEADS, c);
 #pragma unroll
-    for (int i = 0; i < WARP_COLUMNS; ++i) load_l2_if(s.column[i], from + i * KEY_HEAD_DIM, wanted);
+    for (int i = 0; i < COLUMNS; ++i) load_l2_if(s.column[i], from + i * KEY_HEAD_DIM, wanted);
 }
 
 // What becomes of the state: column i is decay * column + k * delta of lane 2 i.
@@ -40,11 +47,19 @@ __device__ __forceinline__ Update delta_output(Consumer& c, const BatchArguments
     float v = load_l2_float(projected + 2 * KEY_DIM + own), gate = load_l2_float(projected + CONV_DIM + own);
     const float* gates = projected + CONV_DIM + VALUE_DIM + head;
     float beta = load_l2_float(gates), decay = __expf(load_l2_float(gates + VALUE_HEADS));
-    float sums[2 * WARP_COLUMNS];
-#pragma unroll
-    for (int i = 0; i < WARP_COLUMNS; ++i) sums[2 * i] = dot4(s.column[i], k), sums[2 * i + 1] = dot4(s.column[i], q);
     float pairs[4] = {dot4(q, q), dot4(k, k), dot4(k, q), 0};
-    float pair = warp_sum_scatter(pairs, c.lane), mine = warp_sum_scatter(sums, c.lane);
+    float pair = warp_sum_scatter(pairs, c.lane), mine = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // of the columns: 16 sums at a time leave room for the states
+        float sums[WARP_COLUMNS];
+#pragma unroll
+        for (int i = 0; i < WARP_COLUMNS / 2; ++i) {
+            float4 column = s.column[half * WARP_COLUMNS / 2 + i];
+            sums[2 * i] = dot4(column, k), sums[2 * i + 1] = dot4(column, q);
+        }
+        float sum = __shfl_sync(0xFFFFFFFFu, warp_sum_scatter(sums, c.lane), 2 * c.lane % 32);
+        if (c.lane / 16 == half) mine = sum;
+    }
     float qq = __shfl_sync(0xFFFFFFFFu, pair, 0), kk = __shfl_sync(0xFFFFFFFFu, pair, 8), kq = __shfl_sync(0xFFFFFFFFu, pair, 16);
     float other = __shfl_xor_sync(0xFFFFFFFFu, mine, 1);
     float sk = c.lane % 2 ? other : mine, sq = c.lane % 2 ? mine : other;
@@ -64,26 +79,32 @@ __device__ __forceinline__ Update delta_output(Consumer& c, const BatchArguments
     return {decay, k_scale * delta, k};
 }
 
-// `s` and `next`: the states of this block's first two items, loaded ahead of the barrier. Ends with the arrival at the
+// `s` and `next`: the states of this block's first item and a half, loaded ahead of the barrier. Ends with the arrival at the
 // next barrier, ahead of the last state's way back to memory: no other block reads it. A column whose update is done
-// gives its registers to the item after next, so that loads are under way all the time.
-__device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a, const Rows& rows, GridBarrier& barrier, int layer, HeadState& s, HeadState& next,
+// gives its registers to the items to come, so that loads are under way all the time.
+__device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a, const Rows& rows, GridBarrier& barrier, int layer, HeadState& s, NextState& next,
                                             float (*squares)[CONSUMER_WARPS]) {
     int items = a.rows * VALUE_HEADS;
 #pragma unroll 1
     for (int item = c.block;; item += BLOCKS) {
-        bool active = is_item(a, rows, item), last = item + BLOCKS >= items, wanted = is_item(a, rows, item + 2 * BLOCKS);
+        bool active = is_item(a, rows, item), last = item + BLOCKS >= items;
         Update u = {};
         if (active) u = delta_output(c, a, item, s, squares);
         if (last) barrier.arrive(c);
         float* to = active ? head_state(rows, item / VALUE_HEADS, layer, item % VALUE_HEADS, c) : nullptr;
-        const float* from = wanted ? head_state(rows, (item + 2 * BLOCKS) / VALUE_HEADS, layer, (item + 2 * BLOCKS) % VALUE_HEADS, c) : nullptr;
+        auto place = [&](int later, bool wanted) -> const float* { return wanted ? head_state(rows, later / VALUE_HEADS, layer, later % VALUE_HEADS, c) : nullptr; };
+        bool wants_next = is_item(a, rows, item + BLOCKS), wants_later = is_item(a, rows, item + 2 * BLOCKS);
+        const float *from_next = place(item + BLOCKS, wants_next), *from_later = place(item + 2 * BLOCKS, wants_later);
 #pragma unroll
         for (int i = 0; i < WARP_COLUMNS; ++i) {
             float4 updated = decayed_plus(u.decay, s.column[i], u.k, __shfl_sync(0xFFFFFFFFu, u.delta, 2 * i));
             if (active) *(float4*)(to + i * KEY_HEAD_DIM) = updated;
-            s.column[i] = next.column[i];
-            load_l2_if(next.column[i], from + i * KEY_HEAD_DIM, wanted);
+            if (i < AHEAD) {
+                s.column[i] = next.column[i];
+                load_l2_if(next.column[i], from_later + i * KEY_HEAD_DIM, wants_later);
+            } else {
+                load_l2_if(s.column[i], from_next + i * KEY_HEAD_DIM, wants_next);
+            }
         }
         if (last) break;
     }

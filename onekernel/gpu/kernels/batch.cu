@@ -175,7 +175,7 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             shared.residual[8 * (group - first) + j][n] = x[j];
-            squares += x[j] * x[j];
+            squares = fmaf(x[j], x[j], squares);
             x[j] *= load_constant(scale + 8 * group + j);
         }
         *(uint4*)operand_place<HIDDEN>(a.input, n, 8 * group) = pack8(x);

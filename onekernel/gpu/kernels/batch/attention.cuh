@@ -31,6 +31,22 @@ __device__ __forceinline__ void load_head(float (&x)[DIMS], const float* head, i
     x[4] = v[1].x, x[5] = v[1].y, x[6] = v[1].z, x[7] = v[1].w;
 }
 
+// Norm and RoPE of one head, as norm_and_rope.
+__device__ __forceinline__ void norm_and_turn(float (&x)[DIMS], const NormAndRope& constants, int lane) {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) squares = fmaf(x[i], x[i], squares);
+    float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + NORM_EPS);
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) {
+        x[i] = __fmul_rn(x[i], __fmul_rn(scale, constants.weight[i]));
+        float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], HALF_LANES);
+        float2 r = constants.turn[i];
+        float turned = fmaf(other, lane < HALF_LANES ? -r.y : r.y, x[i] * r.x);
+        if (lane < 2 * HALF_LANES) x[i] = turned;
+    }
+}
+
 // What a warp keeps in shared memory: queries after norm and RoPE.
 struct WarpAttention {
     uint4 queries[GROUP_HEADS][32];
@@ -84,7 +100,7 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
         if (i == GROUP_HEADS)
 #pragma unroll
             for (int d = 0; d < DIMS; ++d) constants.weight[d] = key_norm[d];
-        if (i <= GROUP_HEADS) norm_and_rope(x, constants, c.lane);
+        if (i <= GROUP_HEADS) norm_and_turn(x, constants, c.lane);
         float scale = i < GROUP_HEADS ? SCALE : 1.0f;
 #pragma unroll
         for (int d = 0; d < DIMS; ++d) x[d] *= scale;
@@ -135,7 +151,7 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
             peak[i] = best;
             scores[i] = exp2_fast(scores[i] - best);
             scores[2 + i] = exp2_fast(scores[2 + i] - best);
-            total[i] = total[i] * shrink[i] + scores[i] + scores[2 + i];
+            total[i] = fmaf(total[i], shrink[i], scores[i]) + scores[2 + i];
         }
         u32 weights[2] = {transpose8(pack2(scores[0], scores[1])), transpose8(pack2(scores[2], scores[3]))};
         auto add = [&](const PositionTiles& v, int half) {
@@ -233,7 +249,7 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             float new_peak = fmaxf(peak, warp_max(own_peak)), scale = exp2_fast(peak - new_peak);
             float weight = valid ? exp2_fast(own_peak - new_peak) : 0.0f;
             peak = new_peak;
-            total = total * scale + warp_sum(weight * own_total);
+            total = fmaf(total, scale, warp_sum(__fmul_rn(weight, own_total)));
             o = make_float4(o.x * scale, o.y * scale, o.z * scale, o.w * scale);
             int end = min(32, count - first);
             const float* parts = partial_place(a, n, head, first) + place;
@@ -241,7 +257,7 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             for (int i = 0; i < end; ++i, parts += PARTIAL_STRIDE) {
                 float4 part = load_l2_float4(parts);
                 float w = __shfl_sync(0xFFFFFFFFu, weight, i);
-                o.x += w * part.x, o.y += w * part.y, o.z += w * part.z, o.w += w * part.w;
+                o = make_float4(fmaf(w, part.x, o.x), fmaf(w, part.y, o.y), fmaf(w, part.z, o.z), fmaf(w, part.w, o.w));
             }
         }
         float inverse = 1.0f / total;

@@ -31,6 +31,8 @@ __device__ __forceinline__ void load_state(const Consumer& c, const BatchArgumen
     for (int i = 0; i < COLUMNS; ++i) load_l2_if(s.column[i], from + i * KEY_HEAD_DIM, wanted);
 }
 
+__device__ __forceinline__ float dot_product(float4 a, float4 b) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x))); }
+
 // What becomes of the state: column i is decay * column + k * delta of lane 2 i.
 struct Update {
     float decay, delta;
@@ -47,7 +49,7 @@ __device__ __forceinline__ Update delta_output(Consumer& c, const BatchArguments
     float v = load_l2_float(projected + 2 * KEY_DIM + own), gate = load_l2_float(projected + CONV_DIM + own);
     const float* gates = projected + CONV_DIM + VALUE_DIM + head;
     float beta = load_l2_float(gates), decay = __expf(load_l2_float(gates + VALUE_HEADS));
-    float pairs[4] = {dot4(q, q), dot4(k, k), dot4(k, q), 0};
+    float pairs[4] = {dot_product(q, q), dot_product(k, k), dot_product(k, q), 0};
     float pair = warp_sum_scatter(pairs, c.lane), mine = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // of the columns: 16 sums at a time leave room for the states
@@ -55,7 +57,7 @@ __device__ __forceinline__ Update delta_output(Consumer& c, const BatchArguments
 #pragma unroll
         for (int i = 0; i < WARP_COLUMNS / 2; ++i) {
             float4 column = s.column[half * WARP_COLUMNS / 2 + i];
-            sums[2 * i] = dot4(column, k), sums[2 * i + 1] = dot4(column, q);
+            sums[2 * i] = dot_product(column, k), sums[2 * i + 1] = dot_product(column, q);
         }
         float sum = __shfl_sync(0xFFFFFFFFu, warp_sum_scatter(sums, c.lane), 2 * c.lane % 32);
         if (c.lane / 16 == half) mine = sum;
@@ -65,9 +67,9 @@ __device__ __forceinline__ Update delta_output(Consumer& c, const BatchArguments
     float sk = c.lane % 2 ? other : mine, sq = c.lane % 2 ? mine : other;
     float q_scale = rsqrtf(qq + 1e-6f) * rsqrtf((float)KEY_HEAD_DIM), k_scale = rsqrtf(kk + 1e-6f);
     // S^T k and S^T q come from the state before its update.
-    float delta = beta * (v - decay * k_scale * sk);
-    float o = decay * q_scale * sq + delta * (kq * k_scale * q_scale);
-    float sum = warp_sum(c.lane % 2 ? 0.0f : o * o);
+    float delta = beta * fmaf(-(decay * k_scale), sk, v);
+    float o = fmaf(delta, kq * k_scale * q_scale, decay * q_scale * sq);
+    float sum = warp_sum(c.lane % 2 ? 0.0f : __fmul_rn(o, o));
     if (c.lane == 0) squares[c.buffer][c.warp] = sum;
     consumer_barrier();
     float total = 0;
@@ -97,7 +99,9 @@ __device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a
         const float *from_next = place(item + BLOCKS, wants_next), *from_later = place(item + 2 * BLOCKS, wants_later);
 #pragma unroll
         for (int i = 0; i < WARP_COLUMNS; ++i) {
-            float4 updated = decayed_plus(u.decay, s.column[i], u.k, __shfl_sync(0xFFFFFFFFu, u.delta, 2 * i));
+            float d = __shfl_sync(0xFFFFFFFFu, u.delta, 2 * i);
+            float4 old = s.column[i];
+            float4 updated = make_float4(fmaf(u.k.x, d, u.decay * old.x), fmaf(u.k.y, d, u.decay * old.y), fmaf(u.k.z, d, u.decay * old.z), fmaf(u.k.w, d, u.decay * old.w));
             if (active) *(float4*)(to + i * KEY_HEAD_DIM) = updated;
             if (i < AHEAD) {
                 s.column[i] = next.column[i];

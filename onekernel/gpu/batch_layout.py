@@ -30,7 +30,7 @@ ROOMY = 200 << 10  # bytes of shared memory: chips with more also let warps give
 LEAST_SPLIT, MOST_SPLITS = 32, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
 SHARING = 4  # blocks that deal the columns of some products (batch/gemm_split.cuh)
 HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
-ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 4  # of shared memory: Rows, Cut, Candidate, inverse
+ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, first_item
 
 
 def bucket_of(rows: int) -> int:

@@ -31,7 +31,7 @@ def compile_batch(layout: BatchLayout, folder: Path) -> ctypes.CDLL:
     parts = [(HERE / "shim.h").read_text(), text, '#line 1 "runtime.cpp"', (HERE / "runtime.cpp").read_text()]
     file, library = folder / "batch.cpp", folder / f"batch_{layout.columns}_{layout.column_groups}.so"
     file.write_text("\n".join(parts))
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
+    flags = ["-std=c++20", "-O1", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
     subprocess.run(["g++", *flags, "-o", str(library), str(file)], check=True)
     return ctypes.CDLL(str(library))
 

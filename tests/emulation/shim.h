@@ -91,6 +91,7 @@ static inline unsigned long long __double2ull_rz(double d) { return (unsigned lo
 static inline unsigned long long __float2ull_rz(float d) { return (unsigned long long)d; }
 static inline double __ull2double_rn(unsigned long long v) { return (double)v; }
 static inline double __dmul_rn(double a, double b) { volatile double r = a * b; return r; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __uint2float_rn(unsigned v) { return (float)v; }
 using std::min; using std::max;
 static inline unsigned min(int a, unsigned b) { return std::min((unsigned)a, b); }

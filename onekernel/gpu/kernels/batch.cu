@@ -34,6 +34,7 @@ struct Shared {
     float residual[RESIDUAL_ROWS][BATCH_COLUMNS];
     float inverse[BATCH_COLUMNS], squares[RESIDUAL_PAIRS][BATCH_COLUMNS];
     float head_squares[2][CONSUMER_WARPS];
+    int first_item[BATCH_COLUMNS + 1];  // of attention, of each row in this step; then how many there are
     volatile u32 finished;
     u32 pending, passed;
 };
@@ -174,7 +175,7 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             shared.residual[8 * (group - first) + j][n] = x[j];
-            squares += x[j] * x[j];
+            squares = fmaf(x[j], x[j], squares);
             x[j] *= load_constant(scale + 8 * group + j);
         }
         *(uint4*)operand_place<HIDDEN>(a.input, n, 8 * group) = pack8(x);
@@ -201,19 +202,22 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         gemm_normed<PROJECTED_FULL>(c, (Sums*)shared.sums, a.input, finish);
         barrier.meet(c);
         c.enter(PHASE_ATTENTION, layer);
-        attend_rows(c, a, shared.rows, shared.attention, layer);
+        attend_rows(c, a, shared.rows, shared.first_item, shared.attention, layer);
         barrier.meet(c);
         c.enter(PHASE_MERGE, layer);
         merge_rows(c, a, shared.rows);
+        barrier.arrive(c);
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
-        HeadState state;  // does not depend on this step: on its way across the barrier
+        HeadState state = {};  // these do not depend on this step: on their way across the barrier
+        NextState next = {};
         barrier.arrive(c);
         load_state(c, a, shared.rows, layer, c.block, state);
+        load_state(c, a, shared.rows, layer, c.block + BLOCKS, next);
         barrier.wait(c);
         c.enter(PHASE_DELTA_RULE, layer);
-        delta_rules(c, a, shared.rows, layer, state, shared.head_squares);
+        delta_rules(c, a, shared.rows, barrier, layer, state, next, shared.head_squares);
     }
     // The mixer's projection, then the MLP's two: one piece of code for what is alike.
     const float* norm = layer_parameters(a.parameters, layer) + HIDDEN;
@@ -221,7 +225,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     int width = full ? QUERY_DIM : VALUE_DIM;
 #pragma unroll 1
     while (true) {
-        barrier.meet(c);
+        barrier.wait(c);
         c.enter(PHASE_INPUT, layer);
         ResidualUpdate update{base, norm, shared.residual, shared.squares};
         project_back(c, a, shared, input, width, update, meetings);
@@ -229,6 +233,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         if (input == a.activated) break;
         Activation activation{{base}};
         gemm_normed<2 * INTERMEDIATE>(c, (Sums*)shared.sums, a.input, activation);
+        barrier.arrive(c);
         norm = layer_parameters(a.parameters, layer + 1);  // or the norm before the LM head
         input = a.activated;
         width = INTERMEDIATE;
@@ -384,6 +389,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
     for (int step = 0; step < a.steps; ++step) {
         if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
+        if (c.warp == 0) count_items(c, a, shared.rows, shared.first_item);
         barrier.meet(c);
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; ++layer) {

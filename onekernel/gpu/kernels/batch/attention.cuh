@@ -31,6 +31,22 @@ __device__ __forceinline__ void load_head(float (&x)[DIMS], const float* head, i
     x[4] = v[1].x, x[5] = v[1].y, x[6] = v[1].z, x[7] = v[1].w;
 }
 
+// Norm and RoPE of one head, as norm_and_rope.
+__device__ __forceinline__ void norm_and_turn(float (&x)[DIMS], const NormAndRope& constants, int lane) {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) squares = fmaf(x[i], x[i], squares);
+    float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + NORM_EPS);
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) {
+        x[i] = __fmul_rn(x[i], __fmul_rn(scale, constants.weight[i]));
+        float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], HALF_LANES);
+        float2 r = constants.turn[i];
+        float turned = fmaf(other, lane < HALF_LANES ? -r.y : r.y, x[i] * r.x);
+        if (lane < 2 * HALF_LANES) x[i] = turned;
+    }
+}
+
 // What a warp keeps in shared memory: queries after norm and RoPE.
 struct WarpAttention {
     uint4 queries[GROUP_HEADS][32];
@@ -67,17 +83,24 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
     // The queries, and in the last split the new key and value.
     const float* projected = a.projected + (long long)n * PROJECTED_STRIDE;
     bool is_last = end == position + 1;
+    const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)position * (ROTARY_DIM / 2), c.lane);
+    float key_norm[DIMS], next[DIMS];
+#pragma unroll
+    for (int d = 0; d < DIMS; ++d) key_norm[d] = load_constant(norm + HEAD_DIM + c.lane * DIMS + d);
+    auto place = [&](int i) { return projected + (i < GROUP_HEADS ? (kv_head * GROUP_HEADS + i) * 2 * HEAD_DIM : 2 * QUERY_DIM + (i - GROUP_HEADS) * KV_DIM + kv_head * HEAD_DIM); };
+    load_head(next, place(0), c.lane);
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < (is_last ? GROUP_HEADS + 2 : GROUP_HEADS); ++i) {
-        int place = i < GROUP_HEADS ? (kv_head * GROUP_HEADS + i) * 2 * HEAD_DIM : 2 * QUERY_DIM + (i - GROUP_HEADS) * KV_DIM + kv_head * HEAD_DIM;
         float x[DIMS];
-        load_head(x, projected + place, c.lane);
-        if (i <= GROUP_HEADS) {
-            const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN + (i < GROUP_HEADS ? 0 : HEAD_DIM);
-            NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)position * (ROTARY_DIM / 2), c.lane);
-            norm_and_rope(x, constants, c.lane);
-        }
+#pragma unroll
+        for (int d = 0; d < DIMS; ++d) x[d] = next[d];
+        load_head(next, place(min(i + 1, GROUP_HEADS + 1)), c.lane);
+        if (i == GROUP_HEADS)
+#pragma unroll
+            for (int d = 0; d < DIMS; ++d) constants.weight[d] = key_norm[d];
+        if (i <= GROUP_HEADS) norm_and_turn(x, constants, c.lane);
         float scale = i < GROUP_HEADS ? SCALE : 1.0f;
 #pragma unroll
         for (int d = 0; d < DIMS; ++d) x[d] *= scale;
@@ -128,7 +151,7 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
             peak[i] = best;
             scores[i] = exp2_fast(scores[i] - best);
             scores[2 + i] = exp2_fast(scores[2 + i] - best);
-            total[i] = total[i] * shrink[i] + scores[i] + scores[2 + i];
+            total[i] = fmaf(total[i], shrink[i], scores[i]) + scores[2 + i];
         }
         u32 weights[2] = {transpose8(pack2(scores[0], scores[1])), transpose8(pack2(scores[2], scores[3]))};
         auto add = [&](const PositionTiles& v, int half) {
@@ -169,15 +192,36 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
     }
 }
 
-__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, WarpAttention* shared, int layer) {
-    int item = c.block + BLOCKS * c.warp, first = 0;
+// By one warp: the first item of each row, and how many items there are.
+__device__ __forceinline__ void count_items(const Consumer& c, const BatchArguments& a, const Rows& rows, int* first_item) {
+    int total = 0;
 #pragma unroll 1
-    for (int n = 0; n < a.rows; ++n) {
-        if (!rows.kind[n]) continue;
-        int count = batch_splits(rows.position[n]).count;
+    for (int n = c.lane; n - c.lane < a.rows; n += 32) {
+        int count = n < a.rows && rows.kind[n] ? KV_HEADS * batch_splits(rows.position[n]).count : 0, sum = count;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            int other = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
+            if (c.lane >= offset) sum += other;
+        }
+        if (n < a.rows) first_item[n] = total + sum - count;
+        total += __shfl_sync(0xFFFFFFFFu, sum, 31);
+    }
+    if (c.lane == 0) first_item[a.rows] = total;
+}
+
+__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, WarpAttention* shared, int layer) {
+    int items = first_item[a.rows];
 #pragma unroll 1
-        for (; item < first + KV_HEADS * count; item += WARPS) attend_split(c, a, rows, shared[c.warp], layer, n, (item - first) / count, (item - first) % count);
-        first += KV_HEADS * count;
+    for (int item = c.block + BLOCKS * c.warp; item < items; item += WARPS) {
+        int n = 0, end = a.rows;  // the last row that begins here or before
+#pragma unroll 1
+        while (end - n > 1) {
+            int middle = (n + end) / 2;
+            if (first_item[middle] <= item) n = middle;
+            else end = middle;
+        }
+        int count = (first_item[n + 1] - first_item[n]) / KV_HEADS, own = item - first_item[n];
+        attend_split(c, a, rows, shared[c.warp], layer, n, own / count, own % count);
     }
 }
 
@@ -205,7 +249,7 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             float new_peak = fmaxf(peak, warp_max(own_peak)), scale = exp2_fast(peak - new_peak);
             float weight = valid ? exp2_fast(own_peak - new_peak) : 0.0f;
             peak = new_peak;
-            total = total * scale + warp_sum(weight * own_total);
+            total = fmaf(total, scale, warp_sum(__fmul_rn(weight, own_total)));
             o = make_float4(o.x * scale, o.y * scale, o.z * scale, o.w * scale);
             int end = min(32, count - first);
             const float* parts = partial_place(a, n, head, first) + place;
@@ -213,7 +257,7 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             for (int i = 0; i < end; ++i, parts += PARTIAL_STRIDE) {
                 float4 part = load_l2_float4(parts);
                 float w = __shfl_sync(0xFFFFFFFFu, weight, i);
-                o.x += w * part.x, o.y += w * part.y, o.z += w * part.z, o.w += w * part.w;
+                o = make_float4(fmaf(w, part.x, o.x), fmaf(w, part.y, o.y), fmaf(w, part.z, o.z), fmaf(w, part.w, o.w));
             }
         }
         float inverse = 1.0f / total;

@@ -66,12 +66,12 @@ struct LinearProjection : NormedFinish {
         each_column<NormedPlace>(*consumer, [&](int i, int column) {
             int n = pass * PASS_COLUMNS + column;
             if (n >= arguments->rows || !rows->kind[n]) return;
-            float y = sum(i) * inverse[n];
+            float y = __fmul_rn(sum(i), inverse[n]);
             bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
             if (row < CONV_DIM) {
                 float4 w = window[unit][i];
                 *(float4*)(conv_window(rows->state[n], index) + 4 * row) = make_float4(w.y, w.z, w.w, y);
-                y = t.x * w.y + t.y * w.z + t.z * w.w + t.w * y;
+                y = fmaf(t.w, y, fmaf(t.z, w.w, fmaf(t.y, w.z, t.x * w.y)));
             }
             if (!is_decay) {
                 float gate = quick_sigmoid(y);
@@ -118,7 +118,7 @@ struct ResidualUpdate : Finish {
                 x = residual[own + local][n] += sum(i);
                 *operand_place<HIDDEN>(arguments->input, n, first + local) = to_16_bit(x * scale);
             }
-            x *= x;
+            x = __fmul_rn(x, x);
 #pragma unroll
             for (int offset = 1; offset < 16; offset *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
             if (local) return;
@@ -147,7 +147,7 @@ struct Activation : NormedFinish {
         int local = NormedPlace::row(*consumer), channel = first / 2 + local / 8 * 4 + local % 4;
         each_column<NormedPlace>(*consumer, [&](int i, int column) {
             int n = pass * PASS_COLUMNS + column;
-            float y = sum(i) * inverse[n], up = __shfl_down_sync(0xFFFFFFFFu, y, NormedPlace::UP);
+            float y = __fmul_rn(sum(i), inverse[n]), up = __shfl_down_sync(0xFFFFFFFFu, y, NormedPlace::UP);
             if (local % 8 < 4 && local < count) *operand_place<INTERMEDIATE>(arguments->activated, n, channel) = to_16_bit(y * quick_sigmoid(y) * up);
         });
     }
@@ -169,7 +169,7 @@ struct TokenScores : NormedFinish {
         each_column<NormedPlace>(*consumer, [&](int i, int column) {
             int n = pass * PASS_COLUMNS + column;
             if (n >= arguments->rows || !rows->kind[n]) return;
-            float logit = sum(i) * inverse[n];
+            float logit = __fmul_rn(sum(i), inverse[n]);
             u32 key = ordered(logit);
             if (rows->kind[n] == ROW_SAMPLED) {
                 const BatchRow& r = arguments->row_table[n];

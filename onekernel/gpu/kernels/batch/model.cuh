@@ -1,6 +1,9 @@
 // What all phases of a batched step share: sizes, the rows of the batch, where vectors stand, the barrier.
 //
 // A row of the batch is one sequence: it has a column of every product. Columns are multiplied in passes of PASS_COLUMNS.
+//
+// A sequence must get the same bits from the kernel of every bucket, so nothing is left to the compiler that it could
+// decide differently in two of them: where a sum has two products, fmaf says which of them is rounded.
 #pragma once
 
 #include "layer/attention.cuh"
@@ -42,7 +45,8 @@ __device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f
 // log(1 + e^x); by its series where 1 + e^x would lose what counts.
 __device__ __forceinline__ float softplus(float x) {
     float e = __expf(x);
-    return x > 20.0f ? x : x < -5.0f ? e - e * e * (0.5f - e * (1.0f / 3.0f)) : __logf(1.0f + e);
+    float series = fmaf(-e * e, fmaf(e, -1.0f / 3.0f, 0.5f), e);
+    return x > 20.0f ? x : x < -5.0f ? series : __logf(1.0f + e);
 }
 
 __device__ __forceinline__ float load_l2_float(const float* p) { return __uint_as_float(load_relaxed((const u32*)p)); }

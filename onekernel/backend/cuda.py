@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -157,7 +158,8 @@ class CudaBackend(StepwiseBackend[State]):
         alone = super().batch(slots)
         try:
             kernel = BatchDecoder(self.decoder, slots)
-        except (UnsupportedModel, NotEnoughMemory):  # this chip has no room for such a kernel: the rows take turns
+        except (UnsupportedModel, NotEnoughMemory, BackendError) as error:
+            print(f"onekernel: the batch kernel cannot run here, so sequences take turns: {error}", file=sys.stderr)
             return alone
         return CudaBatch(kernel, alone, self._prepare, self._advance, MOST_STOP_TOKENS, self.max_context)
 

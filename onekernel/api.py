@@ -14,7 +14,7 @@ from onekernel.checkpoint import hub
 from onekernel.checkpoint.shape import Shape
 from onekernel.engine import Engine, Session
 from onekernel.errors import InvalidRequest
-from onekernel.many import MAX_CONCURRENT, generate_many
+from onekernel.many import generate_many
 from onekernel.sampling.params import SamplingParams
 from onekernel.stream import AsyncStream, Completion, Stream
 from onekernel.text.chat_template import ChatTemplate
@@ -77,7 +77,7 @@ def load(
 
 
 class Model:
-    """A loaded model with its tokenizer and chat template. Any thread may use it; one answer is made at a time.
+    """A loaded model with its tokenizer and chat template. Any thread may use it; `generate_many` is for many prompts.
 
     Use it as a context manager, or call `close`, to free its memory.
     """
@@ -124,13 +124,13 @@ class Model:
         *,
         max_tokens: int | None = DEFAULT_MAX_TOKENS,
         stop: str | Sequence[str] = (),
-        max_concurrent: int = MAX_CONCURRENT,
+        max_concurrent: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Continue each of `prompts` as `generate` would, several at a time. A common beginning is read once.
 
         Args:
-            max_concurrent: prompts that share the engine at a time.
+            max_concurrent: prompts that share the engine at a time; None: as many as one step of it serves.
             prompts, sampling, max_tokens, stop, options: as in `generate`. A seed counts for each prompt by itself.
 
         Returns:

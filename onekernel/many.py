@@ -15,7 +15,18 @@ from onekernel.text.answer import AnswerParser
 from onekernel.text.tokenizer import Tokenizer
 from onekernel.text.tool_calls import Text
 
-MAX_CONCURRENT = 4  # prompts: enough that the engine never waits for text or a disk. Each holds a state while it runs
+LEAST_CONCURRENT = 4  # enough that an engine never waits for text or a disk. Each prompt holds a state while it runs
+
+
+def concurrency(engine: Engine, wanted: int | None) -> int:
+    """How many prompts to work on at a time: as many as one step of the engine serves, unless told otherwise.
+
+    Raises:
+        InvalidRequest: fewer than one.
+    """
+    if wanted is not None and wanted < 1:
+        raise InvalidRequest(f"max_concurrent = {wanted} must be at least 1")
+    return wanted or max(LEAST_CONCURRENT, engine.most_slots)
 
 
 class Growing:
@@ -67,14 +78,13 @@ def generate_many(
     max_tokens: int | None,
     stop: tuple[str, ...],
     stop_tokens: frozenset[int],
-    max_concurrent: int,
+    max_concurrent: int | None,
 ) -> list[Completion]:
     """One completion a prompt, in their order. See Model.generate_many."""
-    if max_concurrent < 1:
-        raise InvalidRequest(f"max_concurrent = {max_concurrent} must be at least 1")
     news: SimpleQueue[int] = SimpleQueue()  # answers that have something new, by their place
     growing: list[Growing] = []
-    scheduler = Scheduler(engine, most_running=max_concurrent, most_waiting=len(prompts))
+    most = concurrency(engine, max_concurrent)
+    scheduler = Scheduler(engine, most_running=most, most_waiting=len(prompts), deterministic=True, patient=True)
     try:
         for i, prompt in enumerate(prompts):
             parser = AnswerParser(tokenizer, stop=stop, end_tokens=stop_tokens)

@@ -22,8 +22,9 @@ class WatchedBackend(FakeBackend):
         next_token: Callable[[Sequence[int], int], int] = default_next_token,
         runs_ahead: bool = False,
         delay: float = 0.0,
+        memory: int | None = None,
     ) -> None:
-        super().__init__(vocabulary_size, max_context, next_token, delay)
+        super().__init__(vocabulary_size, max_context, next_token, delay, memory)
         self.runs_ahead = runs_ahead
         self.break_after: int | None = None  # tokens of a `generate` until it raises
         self.consumed_in_all = 0

@@ -19,6 +19,7 @@ from fakes import WatchedBackend
 import onekernel.api
 from onekernel import Model
 from onekernel.batch import job
+from onekernel.batch.answers import Answers
 from onekernel.batch.job import Progress
 from onekernel.batch.output import Output, OutputFailed
 from onekernel.cli import main
@@ -175,16 +176,16 @@ def test_a_full_disk_ends_the_job(make, files, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OutputFailed("full")
 
-    monkeypatch.setattr(Output, "add", full)
+    monkeypatch.setattr(Output, "add_all", full)
     with pytest.raises(OutputFailed, match="full"):
         run_job(make(), files("a", "b", "c"))
 
 
 def test_no_more_lines_are_worked_on_at_a_time_than_asked_for(make, files, monkeypatch) -> None:
     running, most = 0, 0
-    answer = job.Job._answer
+    answer = Answers._answer
 
-    async def watched(self: job.Job, line: Any) -> dict[str, Any]:
+    async def watched(self: Answers, line: Any) -> dict[str, Any]:
         nonlocal running, most
         running += 1
         most = max(most, running)
@@ -194,7 +195,7 @@ def test_no_more_lines_are_worked_on_at_a_time_than_asked_for(make, files, monke
         finally:
             running -= 1
 
-    monkeypatch.setattr(job.Job, "_answer", watched)
+    monkeypatch.setattr(Answers, "_answer", watched)
     run_job(make(), files(*[f"prompt {i}" for i in range(12)]), concurrent=3)
     assert most == 3
 

@@ -228,6 +228,19 @@ def test_doctor_says_what_would_run_and_why(capsys) -> None:
     assert f"{facts['backend']}: {facts['backend_reason']}" in capsys.readouterr().out
 
 
+def test_doctor_says_what_fits_beside_a_model(capsys) -> None:
+    assert main(["doctor", "--model", "demo", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert model["memory_needed"] > model["full_sequence_bytes"] > model["sequence_bytes"] > 2**20
+    assert model["sequences_that_fit"] > 1
+    assert main(["doctor", "--model", "demo"]) == 0
+    output = capsys.readouterr().out
+    assert " MiB with 4,096 tokens; " in output
+    assert " MiB with 32,768 tokens\n" in output
+    assert main(["doctor", "--model", "nobody/has-this"]) == 1
+    assert "is not on this machine" in capsys.readouterr().err
+
+
 def onekernel_process(*arguments: str, **keywords) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "onekernel", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)

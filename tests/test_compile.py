@@ -17,6 +17,8 @@ from onekernel.checkpoint.sizes import SIZES
 from onekernel.cli import main
 from onekernel.errors import BackendError, InvalidRequest
 from onekernel.gpu import compile as compiler
+from onekernel.gpu.batch_decoder import batch_source
+from onekernel.gpu.batch_layout import BatchLayout
 from onekernel.gpu.chips import CHIPS
 from onekernel.gpu.compile import ARCHITECTURES, compile_cached, compile_source
 from onekernel.gpu.kernel import decode_source
@@ -78,6 +80,23 @@ def test_prefill_kernel_compiles_within_its_registers(name: str, arch: str) -> N
     assert cubin.startswith(compiler.ELF)
     assert 0 < resources.registers <= REGISTERS
     assert resources.spill_stores + resources.spill_loads <= 1600, resources
+
+
+BATCH_CASES = [
+    *(("0.8b", arch, 8) for arch in ARCHITECTURES),
+    *((name, "sm_90a", bucket) for name in ("demo", "0.8b", "27b") for bucket in (64, 256)),
+    *(("0.8b", arch, 64) for arch in ("sm_80", "sm_86", "sm_120a")),
+]
+
+
+@pytest.mark.parametrize(("name", "arch", "bucket"), BATCH_CASES)
+def test_batch_kernel_compiles_within_its_registers(name: str, arch: str, bucket: int) -> None:
+    chip = CHIPS[arch]
+    layout = BatchLayout.plan(Layout.plan(shape_of(name), 1000, chip.sm_count, chip.shared_memory), bucket)
+    cubin, resources = compile_source(batch_source(layout), arch, "batch")
+    assert cubin.startswith(compiler.ELF)
+    assert 0 < resources.registers <= REGISTERS
+    assert resources.spill_stores + resources.spill_loads <= 600, resources
 
 
 def test_layout_that_counts_too_little_shared_memory_does_not_compile() -> None:

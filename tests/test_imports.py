@@ -21,7 +21,7 @@ LAYERS = (
     ("api",),
     ("conversation", "launch", "server"),
     ("batch", "bench", "probe"),
-    ("cli",),
+    ("cli", "ray"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -33,10 +33,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "jinja2": ("text",),
     "tokenizers": ("text",),
     "llguidance": ("text",),
-    "starlette": ("server",),
+    "starlette": ("server", "ray"),
     "uvicorn": ("server",),
     "msgspec": ("server",),
     "prometheus_client": ("server",),
+    "ray": ("ray",),
     "torch": (),
     "transformers": (),
 }

@@ -16,7 +16,8 @@ from onekernel.engine import Engine
 from onekernel.errors import BackendError, InvalidRequest
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.scheduler import Interruption, QueueFull, Request, Scheduler, ShuttingDown, Ticket
-from onekernel.scheduler.slices import SLICE_TOKENS
+
+SLICE_TOKENS = 8  # of a request, that others may have to wait for
 
 
 class Reader:
@@ -68,7 +69,7 @@ def test_many_requests_at_once_get_the_tokens_they_would_get_alone(runs_ahead: b
             assert reader.ticket.finish_reason == "length"
 
 
-def test_slices_change_nothing_about_sampling_and_penalties() -> None:
+def test_rounds_change_nothing_about_sampling_and_penalties() -> None:
     sampling = SamplingParams(temperature=1.0, frequency_penalty=0.7, presence_penalty=0.3, seed=11, top_k=50)
     flat: Callable[..., int] = lambda tokens, _: 0  # noqa: E731
     alone = Engine(WatchedBackend(next_token=flat)).new_session()
@@ -111,7 +112,7 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
     with running({"most_running": 2}, max_context=100_000, delay=0.001) as (scheduler, _):
         talker = Reader(scheduler, Request((1,), max_tokens=3000))
         talker.read(10)
-        long = Reader(scheduler, Request(tuple(i % 250 for i in range(20_000)), max_tokens=1))
+        long = Reader(scheduler, Request(tuple(i % 250 for i in range(80_000)), max_tokens=1))
         before = len(talker.tokens)
         long.read()
         talker.tokens += talker.ticket.take()

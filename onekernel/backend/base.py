@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from onekernel.backend.batch import Batch
 from onekernel.checkpoint.shape import Shape
 from onekernel.sampling.constraint import Constraint
 from onekernel.sampling.params import SampledToken as SampledToken  # part of this boundary
@@ -30,9 +31,14 @@ class Backend(Protocol):
 
     name: str  # "cpu", "cuda", "fake"
     shape: Shape
+    vocabulary_size: int  # tokens that can be sampled; the rest of `shape.vocab` is padding
     max_context: int  # tokens that one state can hold
     prefill_chunk: int  # tokens to give `prefill` at once, where there are more: it cannot be interrupted
+    prefill_cut: (
+        int  # where prompts may be cut: at its multiples. Elsewhere it might change the last bits of what follows
+    )
     runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
+    most_slots: int  # sequences that one step of a batch serves at about the price of one; 1: they take turns
     # A backend on a GPU may also have `device_seconds: float`, the GPU time of all its launches so far, by the GPU's
     # own clock: the benchmarks then show device time beside wall time.
 
@@ -75,11 +81,31 @@ class Backend(Protocol):
     def logits(self, state: Any, tokens: Sequence[int]) -> np.ndarray:
         """Consume `tokens` and return float32 logits [len(tokens), vocab] (padding rows included, as computed)."""
 
+    def batch(self, slots: int) -> Batch:
+        """What moves up to `slots` states on together. May take long: nothing is compiled later, while streams run.
+
+        Raises:
+            BackendError: the kernels cannot be compiled.
+        """
+
     def snapshot(self, state: Any) -> Any:
         """A copy of the state from which `restore` makes new ones; the original may go on."""
 
+    def park(self, state: Any) -> Any:
+        """Move a state into host memory, where `restore` finds it. The state itself is of no use afterwards."""
+
     def restore(self, snapshot: Any) -> Any:
-        """A new state equal to the one that the snapshot was taken of, bit for bit."""
+        """A new state equal to the one that was given to `snapshot` or `park`, bit for bit.
+
+        Raises:
+            NotEnoughMemory: there is no room for it.
+        """
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the backend's memory that a state takes which holds so many tokens."""
+
+    def memory_free(self) -> int | None:
+        """Bytes that new states can have; None if the system does not tell."""
 
     def close(self) -> None:
         """Free everything; the backend is of no use afterwards. Safe to call twice."""

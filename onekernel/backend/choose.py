@@ -66,6 +66,17 @@ def memory_needed(name: str, shape: Shape) -> int:
     return cpu.memory_needed(shape)
 
 
+def state_bytes(name: str, shape: Shape, tokens: int) -> int:
+    """Bytes of the same memory that each conversation of so many tokens takes."""
+    if choose(name).name == "cuda":
+        from onekernel.backend import cuda
+
+        return cuda.state_bytes(shape, tokens)
+    from onekernel.backend import cpu
+
+    return cpu.state_bytes(shape, tokens)
+
+
 def load_backend(name: str, folder: Path, shape: Shape, vocabulary_size: int, max_context: int | None) -> Backend:
     """Load the model in `folder` on the backend that `choose` named; arguments and errors as in its `load`."""
     if choose(name).name == "cuda":

@@ -31,6 +31,11 @@ def memory_needed(shape: Shape) -> int:
     return 4 * (parameter_count(shape, mtp=False) + state + cache + scratch) + INTERPRETER
 
 
+def state_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of RAM of a state that holds so many tokens."""
+    return shape.state_bytes(tokens)
+
+
 class CpuBackend(StepwiseBackend[State]):
     name = "cpu"
 
@@ -95,6 +100,15 @@ class CpuBackend(StepwiseBackend[State]):
 
     def restore(self, snapshot: State) -> State:
         return snapshot.copy()
+
+    def park(self, state: State) -> State:
+        return state  # it is in the host's memory already
+
+    def state_bytes(self, tokens: int) -> int:
+        return state_bytes(self.shape, tokens)
+
+    def memory_free(self) -> int | None:
+        return available_memory()
 
     def close(self) -> None:
         self._parameters = None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from onekernel.backend.batch import Batch
+from onekernel.backend.cuda_batch import CudaBatch
 from onekernel.backend.stepwise import StepwiseBackend, check_limits
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
-from onekernel.errors import BackendError
-from onekernel.gpu import decoder
+from onekernel.errors import BackendError, NotEnoughMemory, UnsupportedModel
+from onekernel.gpu import decoder, parking
+from onekernel.gpu.batch_decoder import BatchDecoder
+from onekernel.gpu.batch_layout import BUCKETS
 from onekernel.gpu.compile import compiler_version
-from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
+from onekernel.gpu.decoder import FIRST_CAPACITY, MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
+from onekernel.gpu.parking import Parked
 from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout
 from onekernel.gpu.prefiller import Prefiller
 from onekernel.sampling.params import SampledToken
@@ -55,6 +61,12 @@ def memory_needed(shape: Shape) -> int:
     return decoder.memory_needed(shape, layout) + scratch
 
 
+def state_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of GPU memory of a state that holds so many tokens."""
+    capacity = max(FIRST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
+    return decoder.recurrent_bytes(shape) + decoder.cache_bytes(shape, capacity)
+
+
 def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
     return Layout.plan(shape, vocabulary_size, gpu.sm_count, gpu.shared_memory)
 
@@ -64,7 +76,8 @@ class CudaBackend(StepwiseBackend[State]):
 
     name = "cuda"
     runs_ahead = True
-    prefill_chunk = MOST_CHUNK_TOKENS
+    prefill_chunk = prefill_cut = MOST_CHUNK_TOKENS
+    most_slots = BUCKETS[-1]
 
     def __init__(
         self,
@@ -146,6 +159,15 @@ class CudaBackend(StepwiseBackend[State]):
                 return
             tokens = [token.id]
 
+    def batch(self, slots: int) -> Batch:
+        alone = super().batch(slots)
+        try:
+            kernel = BatchDecoder(self.decoder, slots)
+        except (UnsupportedModel, NotEnoughMemory, BackendError) as error:
+            print(f"onekernel: the batch kernel cannot run here, so sequences take turns: {error}", file=sys.stderr)
+            return alone
+        return CudaBatch(kernel, alone, self._prepare, self._advance, MOST_STOP_TOKENS, self.max_context)
+
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)
         decoder, parts = self.decoder, []
@@ -159,8 +181,22 @@ class CudaBackend(StepwiseBackend[State]):
     def snapshot(self, state: State) -> Snapshot:
         return self.decoder.snapshot(state)
 
-    def restore(self, snapshot: Snapshot) -> State:
+    def park(self, state: State) -> Parked:
+        return parking.park(self.decoder, state)
+
+    def restore(self, snapshot: Snapshot | Parked) -> State:
+        if isinstance(snapshot, Parked):
+            return parking.unpark(self.decoder, snapshot)
         return self.decoder.restore(snapshot)
+
+    def state_bytes(self, tokens: int) -> int:
+        return state_bytes(self.shape, tokens)
+
+    def memory_free(self) -> int | None:
+        return self.decoder.gpu.memory_free()
+
+    def _reserve(self, state: State, positions: int) -> None:
+        self.decoder.reserve(state, positions)
 
     def close(self) -> None:
         if self._decoder is not None:

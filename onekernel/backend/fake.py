@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from onekernel.backend.stepwise import StepwiseBackend
 from onekernel.checkpoint.shape import FULL, LINEAR, Shape
-from onekernel.errors import BackendError
+from onekernel.errors import BackendError, NotEnoughMemory
 
 CERTAIN = 30.0  # logit of the next token, all others being 0
+GROWTH = 64  # tokens by which a state grows
 
 
 def default_next_token(consumed: Sequence[int], vocabulary_size: int) -> int:
@@ -24,9 +26,10 @@ def default_next_token(consumed: Sequence[int], vocabulary_size: int) -> int:
     return value
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeState:
     tokens: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens that there is room for
 
     @property
     def position(self) -> int:
@@ -44,23 +47,33 @@ class FakeBackend(StepwiseBackend[FakeState]):
         max_context: int = 4096,
         next_token: Callable[[Sequence[int], int], int] = default_next_token,
         delay: float = 0.0,
+        memory: int | None = None,
     ) -> None:
         """Args:
         vocabulary_size: tokens that can be sampled; 8 rows of padding follow them in the logits.
         next_token: (consumed tokens, vocabulary_size) -> the most probable next token.
         delay: seconds that each call that consumes tokens takes.
+        memory: tokens that all states and snapshots have room for together; None: any number.
         """
         super().__init__(_shape(vocabulary_size + 8, max_context), vocabulary_size, max_context)
         self.next_token = next_token
         self.delay = delay
+        self.memory = memory
         self.closed = False
+        self._alive: weakref.WeakSet[FakeState] = weakref.WeakSet()
 
     def new_state(self) -> FakeState:
-        return FakeState()
+        return self._tracked()
+
+    def _tracked(self) -> FakeState:
+        state = FakeState()
+        self._alive.add(state)
+        return state
 
     def _consume(self, state: FakeState, tokens: Sequence[int]) -> np.ndarray:
         if self.closed:
             raise BackendError("this backend was closed")
+        self._reserve(state, state.position + len(tokens))
         time.sleep(self.delay)
         state.tokens.extend(tokens)
         logits = np.zeros(self.shape.vocab, np.float32)
@@ -68,10 +81,34 @@ class FakeBackend(StepwiseBackend[FakeState]):
         return logits
 
     def snapshot(self, state: FakeState) -> FakeState:
-        return FakeState(list(state.tokens))
+        copy = self._tracked()
+        self._reserve(copy, state.position)
+        copy.tokens[:] = state.tokens
+        return copy
 
     def restore(self, snapshot: FakeState) -> FakeState:
-        return FakeState(list(snapshot.tokens))
+        return FakeBackend.snapshot(self, snapshot)
+
+    def park(self, state: FakeState) -> FakeState:
+        parked = FakeState(list(state.tokens))
+        state.tokens.clear()
+        state.capacity = 0
+        return parked
+
+    def state_bytes(self, tokens: int) -> int:
+        return 4 * GROWTH * -(-tokens // GROWTH)
+
+    def memory_free(self) -> int | None:
+        return None if self.memory is None else 4 * (self.memory - sum(state.capacity for state in self._alive))
+
+    def _reserve(self, state: FakeState, positions: int) -> None:
+        if positions <= state.capacity:
+            return
+        capacity = self.state_bytes(positions) // 4
+        free = self.memory_free()
+        if free is not None and 4 * (capacity - state.capacity) > free:
+            raise NotEnoughMemory(f"no room for {capacity} tokens: {free // 4} are left")
+        state.capacity = capacity
 
     def close(self) -> None:
         self.closed = True

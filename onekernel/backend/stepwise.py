@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from onekernel.backend.base import State
+from onekernel.backend.batch import Batch, LoopBatch, Row
 from onekernel.checkpoint.shape import Shape
 from onekernel.errors import InvalidRequest
 from onekernel.sampling.constraint import Constraint
@@ -30,10 +31,12 @@ def check_limits(shape: Shape, vocabulary_size: int, max_context: int | None) ->
 
 
 class StepwiseBackend(ABC, Generic[StateT]):
-    """Implements `prefill`, `generate` and `logits` of the Backend protocol on one method, `_consume`."""
+    """Implements `prefill`, `generate`, `batch` and `logits` of the Backend protocol on one method, `_consume`."""
 
     prefill_chunk = 512
+    prefill_cut = 1  # a bit more or less counts less here than streams that stand still
     runs_ahead = False
+    most_slots = 1
 
     def __init__(self, shape: Shape, vocabulary_size: int, max_context: int | None) -> None:
         """Args:
@@ -85,6 +88,22 @@ class StepwiseBackend(ABC, Generic[StateT]):
             if remaining == 0 or token.id in stop_tokens or state.position == self.max_context:
                 return
             logits = self._consume(state, [token.id])
+
+    def batch(self, slots: int) -> Batch:
+        return LoopBatch(slots, self._prepare, self._generate_row, whole_rows=self.runs_ahead)
+
+    def _generate_row(self, row: Row, count: int) -> Generator[SampledToken, None, None]:
+        return self._generate(row.state, row.tokens, row.sampler, count, row.stop_tokens)
+
+    def _prepare(self, row: Row, count: int) -> None:
+        """Raises what Batch.run raises at the call; makes room for `count` new tokens."""
+        if not row.tokens:
+            raise InvalidRequest("tokens of a row is empty: generating needs at least one token to start from")
+        self._check(row.state, row.tokens)
+        self._reserve(row.state, min(row.state.position + len(row.tokens) + count - 1, self.max_context))
+
+    def _reserve(self, state: StateT, positions: int) -> None:
+        """Make room for so many tokens in all, or raise NotEnoughMemory. The state is as it was then."""
 
     def logits(self, state: StateT, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from onekernel.api import Model
-from onekernel.batch.lines import CHAT, Line, read_lines
+from onekernel.batch.answers import Answers, ignored_fields
+from onekernel.batch.lines import Line, read_lines
 from onekernel.batch.output import Output, is_failure
-from onekernel.errors import BackendError, InvalidRequest, OnekernelError
-from onekernel.many import MAX_CONCURRENT
-from onekernel.scheduler import ShuttingDown
-from onekernel.server import chat_completions, chat_reply, completions
-from onekernel.server.body import Fields, convert
-from onekernel.server.chat_completions import ChatFields
-from onekernel.server.completions import CompletionFields
-from onekernel.server.errors import RequestError, as_request_error, openai_body
-from onekernel.server.service import Answer, Service
+from onekernel.errors import InvalidRequest
+from onekernel.many import concurrency
+from onekernel.server.service import Service
 from onekernel.server.settings import Settings
 
 TICK_S = 0.2  # between two reports
 ENOUGH_TOLD = 20  # failures that are told one by one
-T = TypeVar("T", bound=Fields)
 
 
 @dataclass(frozen=True)
@@ -102,25 +95,27 @@ def run(
     plan: Plan,
     output: Output,
     report: Callable[[Progress], None],
-    max_concurrent: int = MAX_CONCURRENT,
+    max_concurrent: int | None = None,
 ) -> Progress:
     """Answer all lines that `output` has no answer to. Ctrl-C ends it within a few tokens (KeyboardInterrupt).
 
     Args:
         name: of the model, as the answers give it.
         report: called a few times a second, and at the end.
-        max_concurrent: lines that are worked on at a time.
+        max_concurrent: lines that are worked on at a time; None: as many as one step of the engine serves.
 
     Raises:
         BackendError: the engine failed. The lines that it was working on are not answered, and come again next time.
         OutputFailed, InvalidRequest: see Output.add and Plan.lines.
     """
     # A line that asks for several choices submits them all at once: the queue has room for them.
-    waiting = max_concurrent * Settings.most_choices
-    service = Service(model, Settings(model_name=name, most_running=max_concurrent, most_waiting=waiting))
+    workers = concurrency(model.engine, max_concurrent)
+    waiting = workers * Settings.most_choices
+    settings = Settings(model_name=name, most_running=workers, most_waiting=waiting, deterministic=True, patient=True)
+    service = Service(model, settings)
     try:
         job = Job(service, output, len(plan.digests))
-        asyncio.run(job.run(plan.lines(output.done), max_concurrent, report))
+        asyncio.run(job.run(plan.lines(output.done), workers, report))
         return job.progress()
     finally:
         service.close()
@@ -130,20 +125,20 @@ class Job:
     """One run over what is left of an input."""
 
     def __init__(self, service: Service, output: Output, total: int) -> None:
-        self._service = service
+        self._answers = Answers(service)
         self._output = output
         self._total = total
         self._started_at = time.perf_counter()
-        self._tokens = 0  # of the lines that are done
-        self._running: list[Answer] = []
         self._problems: list[str] = []
+        self._unwritten: list[tuple[int, dict[str, Any], Sequence[str]]] = []
+        self._writing = asyncio.Lock()
 
     def progress(self) -> Progress:
         return Progress(
             self._total,
             len(self._output.done),
             self._output.failed,
-            self._tokens + sum(answer.completion_tokens for answer in self._running),
+            self._answers.completion_tokens,
             time.perf_counter() - self._started_at,
             self._problems,
         )
@@ -166,55 +161,18 @@ class Job:
     async def _work(self, lines: Iterable[Line]) -> None:
         for line in lines:
             await asyncio.sleep(0)  # lines that need no answer must not keep the report waiting
-            result = await self._result(line)
-            self._output.add(line.number, result, () if line.problem else ignored_fields(line))
+            result = await self._answers.result(line)
+            await self._write(line.number, result, () if line.problem else ignored_fields(line))
             if is_failure(result) and line.problem is None and len(self._problems) < ENOUGH_TOLD:
                 self._problems.append(f"line {line.number}: {result['response']['body']['error']['message']}")
 
-    async def _result(self, line: Line) -> dict[str, Any]:
-        head = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id}
-        if line.problem is not None:
-            message = f"line {line.number}: {line.problem}"
-            return {**head, "response": None, "error": {"code": "invalid_line", "message": message}}
-        try:
-            status, body = 200, await self._answer(line)
-        except (BackendError, ShuttingDown):  # nothing is wrong with the line: it has its turn at the next start
-            raise
-        except OnekernelError as error:
-            told = as_request_error(error)
-            status, body = told.status, openai_body(told)
-        response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
-        return {**head, "response": response, "error": None}
+    async def _write(self, number: int, result: dict[str, Any], ignored: Sequence[str]) -> None:
+        """Returns when the line is on the disk. Lines that are done while others are being written go together.
 
-    async def _answer(self, line: Line) -> dict[str, Any]:
-        """The body of the response. Raises OnekernelError."""
-        reply: chat_reply.Reply | completions.Reply
-        if line.url == CHAT:
-            chat = _fields(line, ChatFields)
-            answers = self._service.answers(await chat_completions.to_asks(self._service, chat))
-            reply = chat_reply.Reply(self._service, answers, logprobs=bool(chat.logprobs), include_usage=False)
-        else:
-            fields = _fields(line, CompletionFields)
-            asks, texts = await completions.to_asks(self._service, fields)
-            answers = self._service.answers(asks)
-            reply = completions.Reply(self._service, fields, answers, texts)
-        self._running += answers
-        try:
-            return await reply.whole()
-        finally:
-            for answer in answers:
-                answer.cancel()
-                self._running.remove(answer)
-                self._tokens += answer.completion_tokens
-
-
-def ignored_fields(line: Line) -> list[str]:
-    """Fields of the body that its API does not know: other fields of a data set, or a slip of the pen."""
-    known = (ChatFields if line.url == CHAT else CompletionFields).__struct_encode_fields__
-    return [name for name in line.body if name not in known]
-
-
-def _fields(line: Line, kind: type[T]) -> T:
-    if line.body.get("stream"):
-        raise RequestError("stream: an answer in a file comes whole: leave it out", parameter="stream")
-    return convert(line.body, kind)
+        A thread waits for the disk; `asyncio.run` does not return before it has ended, so the output is open till then.
+        """
+        self._unwritten.append((number, result, ignored))
+        async with self._writing:
+            if together := self._unwritten:
+                self._unwritten = []
+                await asyncio.to_thread(self._output.add_all, together)

@@ -54,12 +54,18 @@ def read_lines(path: Path, options: Mapping[str, Any]) -> Iterator[Line]:
             for number, raw in enumerate(file, start=1):
                 content = (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).strip()
                 if content:
-                    yield _parse(number, content, options, names)
+                    yield parse_line(number, content, options, names)
     except OSError as error:
         raise InvalidRequest(f"the input {path} cannot be read: {error.strerror or error}") from None
 
 
-def _parse(number: int, content: bytes, options: Mapping[str, Any], names: dict[str, int]) -> Line:
+def parse_line(number: int, content: bytes, options: Mapping[str, Any], names: dict[str, int]) -> Line:
+    """One line, stripped and not empty.
+
+    Args:
+        options: see read_lines.
+        names: each custom_id that was used, and the line that did; a new one is added.
+    """
     digest = hashlib.sha256(content).hexdigest()
     custom_id = None
     try:

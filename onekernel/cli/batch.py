@@ -46,7 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     plain = plain_options(arguments)
     from onekernel.batch import job
     from onekernel.batch.output import Output
-    from onekernel.many import MAX_CONCURRENT
 
     # All that is wrong with the files is found before a model is downloaded and loaded.
     plan = job.make_plan(arguments.input, plain)
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         if output.done:
             print(f"{len(output.done)} of {total} lines were done before: going on", file=sys.stderr)
         _tell(plan.problems)
-        concurrent = arguments.max_concurrent or MAX_CONCURRENT
+        concurrent = arguments.max_concurrent
         with options.load_model(arguments) as model:
             try:
                 with progress_bar(total, len(output.done)) as show:

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of one answer")
     load.add_argument("--cache-mib", type=int, metavar="N", help="memory for prefixes that were read; 0 is none")
     load.add_argument("--grace", type=float, metavar="S", help="seconds that answers have to end after SIGTERM")
+    load.add_argument(
+        "--deterministic", action="store_true", help="the same bits alone and in company: slower for one request alone"
+    )
     who = parser.add_argument_group("who may ask")
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line; one of them is then needed")
     who.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this server")
@@ -76,6 +79,7 @@ def to_settings(arguments: argparse.Namespace) -> Settings:
         hosts=tuple(arguments.allow_host),
         origins=tuple(arguments.allow_origin),
         allow_public=arguments.allow_public,
+        deterministic=arguments.deterministic,
         log_prompts=arguments.log_prompts,
         **{name: value for name, value in given.items() if value is not None},
     )

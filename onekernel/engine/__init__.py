@@ -2,5 +2,6 @@
 
 from onekernel.engine.engine import Engine
 from onekernel.engine.session import Session, Snapshot
+from onekernel.engine.together import Member, run_together
 
-__all__ = ["Engine", "Session", "Snapshot"]
+__all__ = ["Engine", "Member", "Session", "Snapshot", "run_together"]

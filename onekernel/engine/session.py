@@ -180,6 +180,48 @@ class Session:
             rows = backend.logits(state, self._tokens[state.position :])
             return np.asarray(rows[-1], dtype=np.float32)
 
+    def park(self) -> None:
+        """Move the state into host memory until the session is used again: it takes no memory of the backend then."""
+        self._require_idle()
+        with self._engine.exclusive() as backend:
+            if self._state is not None:
+                state, self._state = self._state, None
+                self._anchor = Snapshot(tuple(self._tokens[: state.position]), backend.park(state))
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether the session has a state of its own on the backend."""
+        return self._state is not None
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the timeline that are not consumed yet, as far as can be told without asking the backend."""
+        if self._state is not None:
+            return len(self._tokens) - int(self._state.position)
+        return len(self._tokens) - (len(self._anchor.tokens) - 1 if self._anchor and self._anchor.tokens else 0)
+
+    # ---- for together.py: runs of many sessions ----
+
+    def ready(self, backend: Backend) -> tuple[Any, list[int]]:
+        """(the state, the pending tokens: at least one). Raises NotEnoughMemory if the state is to be brought back."""
+        self._require_idle()
+        self._cancelled.clear()
+        self._consume(backend, keep=1 if backend.runs_ahead else backend.prefill_chunk)
+        state = self._ready(backend)
+        return state, self._tokens[state.position :]
+
+    def lend(self) -> None:
+        """A run has the state. Until it is kept again, nobody can vouch for it."""
+        self._state = self._anchor = None
+
+    def append(self, token: SampledToken) -> None:
+        """The run made a token."""
+        self._tokens.append(token.id)
+
+    def keep(self, state: Any) -> None:
+        """The run has ended in good order."""
+        self._state = state
+
     def _stream(
         self,
         sampling: SamplingParams,

@@ -1,4 +1,4 @@
-"""Many requests on one engine: a bounded queue, fair time slices, cancellation, prefixes read once. Token ids only."""
+"""Many requests on one engine: queue, continuous batching, cancellation, prefixes read once. Token ids only."""
 
 from onekernel.scheduler.request import Interruption, Request, Ticket
 from onekernel.scheduler.scheduler import QueueFull, Scheduler, ShuttingDown

@@ -40,6 +40,7 @@ class Request:
         constraint: only what it allows is sampled. Of this request alone.
         boundaries: lengths of prefixes of `prompt` that other requests are likely to share: a snapshot is kept there.
         interruption: see there.
+        priority: requests with a smaller number start first, and are the last to wait when memory runs out.
     """
 
     prompt: tuple[int, ...]
@@ -49,6 +50,7 @@ class Request:
     constraint: Constraint | None = None
     boundaries: tuple[int, ...] = ()
     interruption: Interruption | None = None
+    priority: int = 0
 
 
 class Ticket:
@@ -80,7 +82,7 @@ class Ticket:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """The rest of the answer is not wanted; it ends within one time slice. Any thread may call this."""
+        """The rest of the answer is not wanted; it ends within one round. Any thread may call this."""
         self._cancelled.set()
 
     @property

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 from onekernel.engine import Engine
 from onekernel.errors import BackendError, InvalidRequest, OnekernelError
 from onekernel.scheduler.prefix_cache import PrefixCache
 from onekernel.scheduler.request import Request, Ticket
-from onekernel.scheduler.slices import TimeSlices
+from onekernel.scheduler.rounds import Rounds
 
-MOST_RUNNING = 32
+LEAST_RUNNING = 32  # of `most_running` where nothing else is said
 MOST_WAITING = 256
 CACHE_BYTES = 2**30
 LONGEST_RETRY_S = 60
@@ -38,30 +38,36 @@ class ShuttingDown(OnekernelError):
 class Scheduler:
     """A bounded queue before an engine, and the thread that runs it.
 
-    The engine may be used by others too (each slice takes its turn), but they then take a share of the time.
+    The engine may be used by others too (each round takes its turn), but they then take a share of the time.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        most_running: int = MOST_RUNNING,
+        most_running: int | None = None,
         most_waiting: int = MOST_WAITING,
         cache_bytes: int = CACHE_BYTES,
+        deterministic: bool = False,
+        patient: bool = False,
     ) -> None:
         """Args:
-        most_running: requests that share the engine at a time; each of them holds a state.
+        most_running: requests that share the engine at a time, each with a state; None: 32, or as many as one step of
+            the engine serves.
         most_waiting: requests that may wait for that.
         cache_bytes: for snapshots of what was read, see PrefixCache.
+        deterministic: the tokens of a request do not depend on whether it was alone: it runs as one of many even then.
+            The kernels for one and for many round differently. (What was found in the cache may still turn a last bit.)
+        patient: nobody reads the answers as they come: prompts go first, so that more run together sooner.
         """
-        self.most_running = most_running
+        self.most_running = most_running or max(LEAST_RUNNING, engine.most_slots)
         self.most_waiting = most_waiting
         self.cache = PrefixCache(engine.shape, cache_bytes)
         self.failure: BaseException | None = None
         """What ended the thread, if anything did: no request can be served any more."""
         self._engine = engine
-        self._waiting: deque[Ticket] = deque()
-        self._slices = TimeSlices(engine, self.cache, lambda: bool(self._waiting))
+        self._waiting: list[Ticket] = []  # the next one first
+        self._rounds = Rounds(engine, self.cache, self._others_wait, deterministic, patient)
         self._wake = threading.Condition()
         self._closing = False
         self._end_at: float | None = None  # time.perf_counter() at which what still runs is cut off
@@ -89,7 +95,7 @@ class Scheduler:
                 raise ShuttingDown("the server is shutting down")
             if not self._has_room():
                 raise QueueFull(len(self._waiting), self._retry_after_s())
-            self._waiting.append(ticket)
+            bisect.insort_right(self._waiting, ticket, key=lambda waiting: waiting.request.priority)
             self._wake.notify()
         return ticket
 
@@ -106,12 +112,17 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that share the engine now."""
-        return len(self._slices.running)
+        return len(self._rounds.running)
+
+    @property
+    def parked(self) -> int:
+        """Of these, those that wait in host memory until the backend has room for them again."""
+        return sum(turn.parked for turn in self._rounds.running)
 
     @property
     def prefilled(self) -> int:
         """Tokens of prompts that were read so far, without those that were found in the cache."""
-        return self._slices.prefilled
+        return self._rounds.prefilled
 
     def close(self, grace_s: float = 0.0) -> None:
         """Take no more requests, let those taken end for at most `grace_s` seconds, then end them as "cancelled".
@@ -124,8 +135,11 @@ class Scheduler:
             self._wake.notify()
         self._thread.join()
 
+    def _others_wait(self, ended: int) -> bool:
+        return bool(self._waiting) and len(self._rounds.running) - ended < self.most_running
+
     def _has_room(self) -> bool:
-        free = max(0, self.most_running - len(self._slices.running))
+        free = max(0, self.most_running - len(self._rounds.running))
         return len(self._waiting) < self.most_waiting + free
 
     def _check(self, request: Request) -> None:
@@ -145,12 +159,14 @@ class Scheduler:
 
     def _retry_after_s(self) -> int:
         rounds = len(self._waiting) / max(1, self.most_running)
-        return max(1, min(LONGEST_RETRY_S, round(self._slices.request_s * rounds)))
+        return max(1, min(LONGEST_RETRY_S, round(self._rounds.request_s * rounds)))
 
     def _run(self) -> None:
         try:
+            if self.most_running > 1:
+                self._rounds.warm_up(self.most_running)
             while self._next():
-                self._slices.step()
+                self._rounds.step()
         except BaseException as error:  # a bug: nobody may wait for an answer that cannot come
             with self._wake:
                 self.failure = error
@@ -160,19 +176,22 @@ class Scheduler:
     def _next(self) -> bool:
         """Wait until there is something to do. Returns False when everything is over."""
         with self._wake:
-            while not self._waiting and not self._slices.running:
+            while not self._waiting and not self._rounds.running:
                 if self._closing:
                     return False
                 self._wake.wait()
             if self._end_at is not None and time.perf_counter() >= self._end_at:
                 self._end_everything("cancelled")
                 return False
-            while self._waiting and len(self._slices.running) < self.most_running:
-                ticket = self._waiting.popleft()
+            while self._waiting and len(self._rounds.running) < self.most_running:
+                ticket = self._waiting[0]
+                if not ticket.cancelled and not self._rounds.room.fits(ticket.request, self._rounds.running):
+                    break
+                self._waiting.pop(0)
                 if ticket.cancelled:
                     ticket.finish("cancelled")
                 else:
-                    self._slices.start(ticket)
+                    self._rounds.start(ticket)
             self._forget_cancelled()
         return True
 
@@ -183,7 +202,7 @@ class Scheduler:
             ticket.finish("cancelled")
 
     def _end_everything(self, reason: str, error: OnekernelError | None = None) -> None:
-        for ticket in [*self._waiting, *(turn.ticket for turn in self._slices.running)]:
+        for ticket in [*self._waiting, *(turn.ticket for turn in self._rounds.running)]:
             ticket.finish(reason, error)
         self._waiting.clear()
-        self._slices.running.clear()
+        self._rounds.running.clear()

@@ -27,7 +27,7 @@ class StreamOptions(Fields):
 
 class ChatFields(Fields):
     """The body of a request. Those that other servers of open models have too: top_k, min_p, repetition_penalty,
-    ignore_eos, chat_template_kwargs.enable_thinking, thinking_token_budget and structured_outputs."""
+    ignore_eos, priority, chat_template_kwargs.enable_thinking, thinking_token_budget and structured_outputs."""
 
     messages: list[dict[str, Any]]
     model: str | None = None
@@ -49,6 +49,7 @@ class ChatFields(Fields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     ignore_eos: bool | None = None
+    priority: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -120,6 +121,7 @@ async def to_asks(service: Service, fields: ChatFields) -> list[Ask]:
         several_calls=tools.several,
         grammar=grammar or await options.tool_grammar(service, tools),
         ignore_eos=bool(fields.ignore_eos),
+        priority=fields.priority or 0,
     )
     if count == 1:
         return [ask]

@@ -53,6 +53,7 @@ class CompletionFields(Fields):
     logit_bias: dict[str, float] | None = None
     logprobs: int | None = None
     ignore_eos: bool | None = None
+    priority: int | None = None
     structured_outputs: dict[str, Any] | None = None
     # Known, and without effect on one local model.
     user: str | None = None
@@ -105,6 +106,7 @@ async def to_asks(service: Service, fields: CompletionFields) -> tuple[list[Ask]
                     stop=options.stops(fields.stop),
                     grammar=grammar,
                     ignore_eos=bool(fields.ignore_eos),
+                    priority=fields.priority or 0,
                 )
             )
             texts.append(service.model.tokenizer.decode(prompt, skip_special=False) if fields.echo else "")

@@ -36,7 +36,7 @@ async def props(request: Request) -> Response:
     """The facts that llama.cpp's clients read here, and more about the engine."""
     service: Service = request.app.state.service
     sampling = service.model.tokenizer.default_sampling
-    scheduler, settings, shape = service.scheduler, service.settings, service.model.engine.shape
+    scheduler, settings, engine = service.scheduler, service.settings, service.model.engine
     facts: dict[str, Any] = {
         "model_alias": settings.model_name,
         "model_path": service.model.name,
@@ -53,13 +53,18 @@ async def props(request: Request) -> Response:
             },
         },
         "modalities": {"vision": False, "audio": False},
-        "backend": service.model.engine.name,
+        "backend": engine.name,
         "device": service.device,
-        "state_bytes": {"empty": shape.state_bytes(0), "full": shape.state_bytes(service.max_context)},
+        "slots_of_a_step": engine.most_slots,
+        "memory": {
+            "free": engine.memory_free(),
+            "state_bytes": {"empty": engine.state_bytes(0), "full": engine.state_bytes(service.max_context)},
+        },
         "queue": {
             "most_running": scheduler.most_running,
             "most_waiting": scheduler.most_waiting,
             "running": scheduler.running,
+            "parked": scheduler.parked,
             "waiting": scheduler.waiting,
         },
         "prefix_cache": {

@@ -47,6 +47,7 @@ class Metrics:
         for name, text, value in (
             ("requests_waiting", "Requests in the queue", lambda: scheduler.waiting),
             ("requests_running", "Requests that share the engine", lambda: scheduler.running),
+            ("requests_parked", "Of these, those that wait for memory", lambda: scheduler.parked),
             ("prefix_cache_entries", "Snapshots in the prefix cache", lambda: len(scheduler.cache)),
             ("prefix_cache_bytes", "Bytes of these snapshots", lambda: scheduler.cache.used),
         ):

@@ -39,6 +39,7 @@ class Ask:
         several_calls: whether the answer may hold more than one call.
         grammar: what the answer (after the thinking) is held to.
         ignore_eos: end tokens do not end the answer.
+        priority: see scheduler.Request.
     """
 
     prompt: tuple[int, ...]
@@ -51,6 +52,7 @@ class Ask:
     several_calls: bool = True
     grammar: Compiled | None = None
     ignore_eos: bool = False
+    priority: int = 0
 
 
 @dataclass(slots=True)
@@ -92,6 +94,7 @@ class Answer:
             constraint=service.constraint(ask),
             boundaries=service.boundaries(ask.prompt),
             interruption=service.interruption(ask),
+            priority=ask.priority,
         )
         self.ticket: Ticket = service.scheduler.submit(request, self._notify)
         self._logged: list[int] | None = None
@@ -190,6 +193,8 @@ class Service:
             most_running=settings.most_running,
             most_waiting=settings.most_waiting,
             cache_bytes=settings.cache_bytes,
+            deterministic=settings.deterministic,
+            patient=settings.patient,
         )
         self.grammars = Grammars(model.tokenizer)
         # Takes a second for a large vocabulary: meanwhile requests without a grammar are served.

@@ -16,7 +16,7 @@ class Settings:
     hosts: names, besides the loopback ones and `host`, under which the server may be addressed.
     origins: web pages ("http://host:port") that may ask besides the server's own; "*" for all.
     allow_public: listen on a public address without keys.
-    most_running, most_waiting, cache_bytes: see Scheduler.
+    most_running, most_waiting, cache_bytes, deterministic, patient: see Scheduler.
     max_tokens: most tokens of one answer; None: what the context holds.
     most_choices: most answers that one request may ask for.
     body_bytes: largest body of a request.
@@ -37,9 +37,11 @@ class Settings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     allow_public: bool = False
-    most_running: int = scheduler.MOST_RUNNING
+    most_running: int | None = None
     most_waiting: int = scheduler.MOST_WAITING
     cache_bytes: int = scheduler.CACHE_BYTES
+    deterministic: bool = False
+    patient: bool = False
     max_tokens: int | None = None
     most_choices: int = 16
     body_bytes: int = 32 * 2**20

@@ -99,6 +99,34 @@ def test_a_full_queue_answers_429_and_loses_nobody(scripted: Callable[..., Serve
     assert answer.status_code == 200
 
 
+def test_the_field_priority_decides_who_starts_first(scripted: Callable[..., ServerThread]) -> None:
+    server = scripted("word " * 500, delay=0.002, most_running=1)
+    order: list[str] = []
+    fields = {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
+
+    def ask(name: str, body: dict[str, Any]) -> None:
+        path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+        assert httpx.post(f"{server.url}{path}", json={**fields, **body}).status_code == 200
+        order.append(name)
+
+    running = threading.Thread(target=ask, args=("running", {"prompt": "p", "max_tokens": 150}))
+    running.start()
+    wait_for(lambda: server.service.scheduler.running == 1)
+    threads = []
+    messages = [{"role": "user", "content": "x"}]
+    for name, body in (
+        ("plain", {"prompt": "p"}),
+        ("urgent", {"prompt": "p", "priority": -1}),
+        ("urgent chat", {"messages": messages, "priority": -2}),
+    ):
+        threads.append(threading.Thread(target=ask, args=(name, body)))
+        threads[-1].start()
+        wait_for(lambda: server.service.scheduler.waiting == len(threads))
+    for thread in (running, *threads):
+        thread.join()
+    assert order == ["running", "urgent chat", "urgent", "plain"]
+
+
 def test_retry_after_is_sent(scripted: Callable[..., ServerThread]) -> None:
     server = scripted("x", delay=0.05, most_running=1, most_waiting=0)
     body = {"prompt": "p", "max_tokens": 100, "stream": True, "ignore_eos": True}

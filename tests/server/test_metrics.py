@@ -39,7 +39,7 @@ def test_what_was_asked_is_counted(scripted: Callable[..., ServerThread]) -> Non
     assert found["prompt_tokens_cached_total"] == usages[1]["prompt_tokens_details"]["cached_tokens"] > 60
     assert found["requests_totalstop"] == 2
     assert found["time_to_first_token_seconds_count"] == found["time_per_output_token_seconds_count"] == 2
-    assert found["requests_running"] == found["requests_waiting"] == 0
+    assert found["requests_running"] == found["requests_parked"] == found["requests_waiting"] == 0
     assert found["prefix_cache_entries"] >= 1
     assert found["prefix_cache_bytes"] > 0
 
@@ -60,6 +60,11 @@ def test_props_name_the_context_for_those_who_look_for_it(demo: ServerThread) ->
     facts = httpx.get(f"{demo.url}/props").json()
     assert facts["default_generation_settings"]["n_ctx"] == 32768
     assert facts["model_alias"] == "demo"
+    assert facts["total_slots"] == facts["queue"]["most_running"] == 32
+    assert facts["queue"]["parked"] == 0
+    assert (
+        facts["memory"]["free"] > facts["memory"]["state_bytes"]["full"] > facts["memory"]["state_bytes"]["empty"] > 0
+    )
     assert httpx.get(f"{demo.url}/v1/props").json().keys() == facts.keys()
     assert httpx.get(f"{demo.url}/version").json()["version"]
 

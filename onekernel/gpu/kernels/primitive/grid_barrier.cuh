@@ -4,13 +4,16 @@
 #include "primitive/memory.cuh"
 #include "primitive/watchdog.cuh"
 
+// Counts one more arrival; what this thread wrote before is visible to whom the count is.
+__device__ __forceinline__ void arrive_at(u32* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+
 // `target`: arrivals so far, those of this barrier included. What any thread wrote before is visible to all behind it
 // (through plain loads and cp.async, not through ld.global.nc).
 __device__ __forceinline__ void grid_barrier(u32* counter, u32 target, Watchdog& watchdog) {
     __syncthreads();
     if (threadIdx.x == 0) {
         fence_gpu();
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+        arrive_at(counter);
         u32 arrived;
         watchdog.spins = 0;
         while (true) {

@@ -49,6 +49,14 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
     return v;
 }
 
+// The same four words as floats, where `wanted`; v stays as it is otherwise. A branch around many loads costs registers.
+__device__ __forceinline__ void load_l2_if(float4& v, const float* p, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];}"
+                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+                 : "l"(p), "r"((u32)wanted)
+                 : "memory");
+}
+
 // Constant for the whole launch: may go through the read-only path.
 __device__ __forceinline__ float4 load_constant4(const float* p) {
     float4 v;

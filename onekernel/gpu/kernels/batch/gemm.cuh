@@ -1,0 +1,314 @@
+// Weights times the rows of the batch: y[row of weights, row of the batch], the weights streamed once a pass.
+//
+// Two groups of 8 rows of weights are the 16 rows of a tensor-core product, 8 rows of the batch its columns. Each of the
+// 8 slices of the matrix's columns is multiplied on its own, in the order of the tape, by a warp for each or by warps that
+// take several; the eight sums are added in one order (sum_of_slices). It is the same for every number of rows, so that no
+// sequence's bits depend on its company.
+#pragma once
+
+#include "batch/model.cuh"
+
+constexpr int MOST_OPERANDS = 32;  // tiles of the input that a warp keeps in registers
+
+// The sum of the slices, in the one order in which all forms of a product add them.
+template <class Slice>
+__device__ __forceinline__ float sum_of_slices(Slice slice) {
+    float low = slice(0), high = slice(CONSUMER_WARPS / 2);
+#pragma unroll
+    for (int i = 1; i < CONSUMER_WARPS / 2; ++i) low += slice(i), high += slice(CONSUMER_WARPS / 2 + i);
+    return low + high;
+}
+
+// This warp's slice of the input, for the rows of one pass: `tiles` tiles of 32 columns, MOST at most.
+template <int MOST>
+struct Operand {
+    static constexpr bool IN_REGISTERS = MOST * COLUMN_GROUPS <= MOST_OPERANDS;
+    static constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
+    const u8* source;
+    long long group_bytes;  // from 8 rows of the batch to the next
+    uint4 words[HELD][COLUMN_GROUPS];
+
+    __device__ __forceinline__ Operand(const Consumer& c, const u8* input, int pass, int tiles)
+        : source(input + ((long long)pass * COLUMN_GROUPS * CONSUMER_WARPS + c.warp) * tiles * 512 + c.lane * 16), group_bytes(CONSUMER_WARPS * tiles * 512) {
+        if (IN_REGISTERS) load(0, tiles);
+    }
+    __device__ __forceinline__ void load(int first, int count) {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+                if (COLUMN_GROUPS > 1 || i < count)  // many: a branch costs registers, so the last tile is loaded again
+                    words[i][g] = load_l2(source + g * group_bytes + (first + min(i, count - 1)) * 512);
+    }
+};
+
+// Whether a block's part of a matrix stays in the ring for all passes, or streams once a pass. `stages` of the part.
+__device__ __forceinline__ bool is_resident(int stages) { return PASSES > 1 && stages <= RING_STAGES; }
+__device__ __forceinline__ int stages_of(int groups, int tiles) { return groups * ((tiles + TILES_PER_STAGE - 1) / TILES_PER_STAGE); }
+
+// Where the consumers begin with a matrix, and whether they give its stages back.
+struct Residence {
+    RingPosition start;
+    bool resident, last;
+
+    __device__ __forceinline__ Residence(const Consumer& c, int stages) : start(c.next), resident(is_resident(stages)), last(true) {}
+    __device__ __forceinline__ void begin(Consumer& c, int pass) {
+        if (PASSES == 1) return;
+        if (resident) c.next = start;
+        last = !resident || pass == PASSES - 1;
+    }
+    __device__ __forceinline__ void release(Consumer& c) const {
+        if (last) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
+    }
+};
+
+// The next stage of one row group: `count` tiles of this warp.
+__device__ __forceinline__ void fetch_tiles(Consumer& c, uint4 (&w)[TILES_PER_STAGE], int count) {
+    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
+#pragma unroll
+    for (int i = 0; i < TILES_PER_STAGE; ++i)
+        if (i < count) w[i] = source[i * 32];
+    c.next.advance();
+}
+
+// A stage of one or two row groups, times tiles `first` and up of the operand.
+template <int MOST>
+__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_GROUPS][4], const Operand<MOST>& x, int first, int count, bool pair, const Residence& residence) {
+    uint4 low[TILES_PER_STAGE], high[TILES_PER_STAGE] = {};
+    fetch_tiles(c, low, count);
+    if (pair) fetch_tiles(c, high, count);
+#pragma unroll
+    for (int i = 0; i < TILES_PER_STAGE; ++i) {
+        if (i >= count) break;
+        const u32 even[4] = {low[i].x, high[i].x, low[i].z, high[i].z}, odd[4] = {low[i].y, high[i].y, low[i].w, high[i].w};
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) {
+            uint4 v = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
+            multiply16(acc[g], even, v.x, v.z);
+            multiply16(acc[g], odd, v.y, v.w);
+        }
+    }
+    residence.release(c);
+}
+
+// Who finishes which results of a pair of row groups, `unit` of UNITS being pairs that are finished together.
+//
+// Deep: all 8 warps have sums of all results, which meet in shared memory; 16 threads take the rows of one column.
+// Wide: results are in the registers of the warps that made them, in the order of the fragments of mma.sync.
+template <int UNITS_AT_ONCE>
+struct DeepPlace {
+    static constexpr int THREADS_A_PAIR = 16 * PASS_COLUMNS < 256 ? 16 * PASS_COLUMNS : 256;
+    static constexpr int UNITS = UNITS_AT_ONCE;
+    static constexpr int PAIRS_AT_ONCE = UNITS * 256 / THREADS_A_PAIR;  // behind one barrier
+    static constexpr int COLUMNS = 16 * PASS_COLUMNS / THREADS_A_PAIR;  // that a thread finishes
+    static constexpr int CANDIDATES = 256 / THREADS_A_PAIR;  // that a block has for a row of the batch, of different pairs
+    __device__ __forceinline__ static int pair(const Consumer& c, int unit) { return unit * (256 / THREADS_A_PAIR) + c.thread / THREADS_A_PAIR; }
+    __device__ __forceinline__ static int row(const Consumer& c) { return c.thread % 16; }
+    __device__ __forceinline__ static int column(const Consumer& c, int i) { return c.thread % THREADS_A_PAIR / 16 + 16 * i; }
+    __device__ __forceinline__ static int candidate(const Consumer& c) { return c.thread / THREADS_A_PAIR; }
+    static constexpr int UP = 4;  // lanes from a row of gate_proj to the same of up_proj
+    static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 8;  // of the lane
+    static_assert(CONSUMER_WARPS * 32 == 256, "256 threads");
+};
+constexpr int WIDE_WARPS = 4;                                                             // that share a pass's columns
+constexpr int WIDE_GROUPS = COLUMN_GROUPS >= WIDE_WARPS ? COLUMN_GROUPS / WIDE_WARPS : 1;  // of columns, a warp
+constexpr int HALF_SLICES = CONSUMER_WARPS / 2;
+struct WidePlace {
+    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, COLUMNS = 2 * WIDE_GROUPS, CANDIDATES = 2;
+    __device__ __forceinline__ static int half(const Consumer& c) { return c.warp / WIDE_WARPS; }
+    __device__ __forceinline__ static int pair(const Consumer&, int) { return 0; }
+    __device__ __forceinline__ static int row(const Consumer& c) { return 8 * half(c) + c.lane / 4; }
+    __device__ __forceinline__ static int column(const Consumer& c, int i) { return 8 * (c.warp % WIDE_WARPS * WIDE_GROUPS + i / 2) + c.lane % 4 * 2 + i % 2; }
+    __device__ __forceinline__ static int candidate(const Consumer& c) { return half(c); }
+    static constexpr int UP = 16;
+    static constexpr int FIRST_ROW_BIT = 4, LAST_ROW_BIT = 16;
+};
+// Of the products whose input is the residual stream: the wide form where there are columns enough.
+constexpr bool IS_WIDE = COLUMN_GROUPS >= WIDE_WARPS;
+template <bool WIDE>
+struct PlaceOf {
+    using type = DeepPlace<COLUMN_GROUPS <= 2 ? 2 : 1>;
+};
+template <>
+struct PlaceOf<true> {
+    using type = WidePlace;
+};
+using NormedPlace = PlaceOf<IS_WIDE>::type;
+using ResidualPlace = DeepPlace<1>;  // of those that lead back to the residual stream: few rows
+
+// Partial sums: of the deep form, [buffer][warp][pair][row][column]; of the wide form, what two warps exchange.
+constexpr int PAIR_SUMS = 16 * SUM_STRIDE;
+constexpr int MOST_PAIRS_AT_ONCE = PlaceOf<false>::type::PAIRS_AT_ONCE;
+using Sums = float[CONSUMER_WARPS][MOST_PAIRS_AT_ONCE * PAIR_SUMS];
+
+// For each pass and pair of row groups (or some pairs at once): finish.prepare(unit, pass, first row, rows) ahead of the
+// weights, then finish(unit, pass, first row, rows, sum), where sum(i) is the product for this thread's row of the pair
+// and its i-th column of the pass, see Place.
+template <class Place, int ROWS, int MOST_WIDTH, class Finish>
+__device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, int width, Finish& finish) {
+    constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
+    int tiles = width / CONSUMER_WARPS / 32;
+    c.locate();
+    int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
+    Residence residence(c, stages_of(end - begin, tiles));
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; ++pass) {
+        residence.begin(c, pass);
+        Operand<MOST> x(c, input, pass, tiles);
+        finish.begin(pass);
+#pragma unroll 1
+        for (int batch = begin; batch < end; batch += 2 * Place::PAIRS_AT_ONCE) {
+            // Row groups of this thread's pair.
+            auto first_of = [&](int unit) { return batch + 2 * Place::pair(c, unit); };
+            auto rows_of = [&](int unit) { return 8 * max(0, min(2, end - first_of(unit))); };
+#pragma unroll
+            for (int unit = 0; unit < Place::UNITS; ++unit) finish.prepare(unit, pass, 8 * first_of(unit), rows_of(unit));
+            float* own = sums[c.buffer][c.warp] + c.lane / 4 * SUM_STRIDE + 2 * (c.lane % 4);
+#pragma unroll 1
+            for (int group = batch; group < min(end, batch + 2 * Place::PAIRS_AT_ONCE); group += 2, own += PAIR_SUMS) {
+                bool pair = group + 1 < end;
+                float acc[COLUMN_GROUPS][4];
+#pragma unroll
+                for (int g = 0; g < COLUMN_GROUPS; ++g) acc[g][0] = acc[g][1] = acc[g][2] = acc[g][3] = 0;
+                if constexpr (Operand<MOST>::IN_REGISTERS) {
+#pragma unroll
+                    for (int at = 0; at < MOST; at += TILES_PER_STAGE)
+                        if (at < tiles) multiply_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), pair, residence);
+                } else {
+#pragma unroll 1
+                    for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
+                        int count = min(TILES_PER_STAGE, tiles - at);
+                        x.load(at, count);
+                        multiply_stage(c, acc, x, at, count, pair, residence);
+                    }
+                }
+#pragma unroll
+                for (int g = 0; g < COLUMN_GROUPS; ++g) {
+                    own[8 * g] = acc[g][0], own[8 * g + 1] = acc[g][1];
+                    own[8 * SUM_STRIDE + 8 * g] = acc[g][2], own[8 * SUM_STRIDE + 8 * g + 1] = acc[g][3];
+                }
+            }
+            consumer_barrier();
+#pragma unroll
+            for (int unit = 0; unit < Place::UNITS; ++unit) {
+                const float* row = sums[c.buffer][0] + Place::pair(c, unit) * PAIR_SUMS + Place::row(c) * SUM_STRIDE;
+                if (first_of(unit) < end)  // whole warps
+                    finish(unit, pass, 8 * first_of(unit), rows_of(unit), [&](int i) {
+                        return sum_of_slices([&](int slice) { return row[slice * MOST_PAIRS_AT_ONCE * PAIR_SUMS + Place::column(c, i)]; });
+                    });
+            }
+            c.buffer ^= 1;
+        }
+        finish.end(pass);
+    }
+}
+
+using Exchange = float[2][2 * WIDE_GROUPS][32];  // between two warps
+constexpr int EXCHANGE_BYTES = 2 * WIDE_WARPS * sizeof(Exchange);
+
+// As gemm, for many columns: a warp has a half of the matrix's columns and a quarter of the pass's, and two warps
+// exchange what they have of each other's rows. No barrier of all warps, an eighth of the traffic through shared memory.
+template <int ROWS, int WIDTH, class Finish>
+__device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
+    using Place = WidePlace;
+    constexpr int TILES = WIDTH / CONSUMER_WARPS / 32, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE, GROUPS = (ROWS + 7) / 8;
+    constexpr bool IN_REGISTERS = HALF_SLICES * TILES * WIDE_GROUPS <= MOST_OPERANDS;
+    constexpr int HELD = IN_REGISTERS ? TILES : 1;
+    c.locate();
+    int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), half = Place::half(c);
+    Residence residence(c, stages_of(end - begin, TILES));
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; ++pass) {
+        residence.begin(c, pass);
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + c.warp % WIDE_WARPS * WIDE_GROUPS) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
+        uint4 x[HELD][HALF_SLICES][WIDE_GROUPS];
+        auto load = [&](int held, int tile) {
+#pragma unroll
+            for (int slice = 0; slice < HALF_SLICES; ++slice)
+#pragma unroll
+                for (int g = 0; g < WIDE_GROUPS; ++g) x[held][slice][g] = load_l2(source + ((long long)g * (WIDTH / 32) + slice * TILES + tile) * 512);
+        };
+        if (IN_REGISTERS)
+#pragma unroll
+            for (int i = 0; i < HELD; ++i) load(i, i);
+        finish.begin(pass);
+#pragma unroll 1
+        for (int group = begin; group < end; group += 2) {
+            int rows = min(2, end - group) * 8;
+            finish.prepare(0, pass, 8 * group, rows);
+            float acc[HALF_SLICES][WIDE_GROUPS][4] = {};
+            auto multiply = [&](int first, int count) {
+                const uint4* at[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (i == 1 && rows == 8) break;
+                    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+                    at[i] = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + half * HALF_SLICES * count * 32 + c.lane;
+                    c.next.advance();
+                }
+                if (rows == 8) at[1] = at[0];  // any numbers: nobody looks at these rows
+#pragma unroll
+                for (int i = 0; i < TILES_PER_STAGE; ++i) {
+                    if (i >= count) break;
+                    if (!IN_REGISTERS) load(0, first + i);
+#pragma unroll
+                    for (int slice = 0; slice < HALF_SLICES; ++slice) {
+                        uint4 low = at[0][(slice * count + i) * 32], high = at[1][(slice * count + i) * 32];
+                        const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
+#pragma unroll
+                        for (int g = 0; g < WIDE_GROUPS; ++g) {
+                            uint4 v = x[IN_REGISTERS ? first + i : 0][slice][g];
+                            multiply16(acc[slice][g], even, v.x, v.z);
+                            multiply16(acc[slice][g], odd, v.y, v.w);
+                        }
+                    }
+                }
+                residence.release(c);
+            };
+            if constexpr (IN_REGISTERS) {
+#pragma unroll
+                for (int s = 0; s < FULL_STAGES; ++s) multiply(s * TILES_PER_STAGE, TILES_PER_STAGE);
+            } else {
+#pragma unroll 1
+                for (int s = 0; s < FULL_STAGES; ++s) multiply(s * TILES_PER_STAGE, TILES_PER_STAGE);
+            }
+            if constexpr (REST) multiply(FULL_STAGES * TILES_PER_STAGE, REST);
+            // The sums of this half of the slices; then rows 0 to 7 go to the lower warp, 8 to 15 to the upper one.
+            Exchange* exchange = (Exchange*)sums + (c.buffer * WIDE_WARPS + c.warp % WIDE_WARPS);
+            float own[2 * WIDE_GROUPS];
+#pragma unroll
+            for (int g = 0; g < WIDE_GROUPS; ++g)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float sum = acc[0][g][i];
+#pragma unroll
+                    for (int slice = 1; slice < HALF_SLICES; ++slice) sum += acc[slice][g][i];
+                    if (i / 2 == half)
+                        own[2 * g + i % 2] = sum;
+                    else
+                        (*exchange)[half][2 * g + i % 2][c.lane] = sum;
+                }
+            group_barrier(2 + c.warp % WIDE_WARPS, 64);
+            finish(0, pass, 8 * group, rows, [&](int i) { return own[i] + (*exchange)[1 - half][i][c.lane]; });
+            c.buffer ^= 1;
+        }
+        finish.end(pass);
+    }
+}
+
+// A product whose input is the residual stream.
+template <int ROWS, class Finish>
+__device__ __forceinline__ void gemm_normed(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
+    if constexpr (IS_WIDE)
+        gemm_wide<ROWS, HIDDEN>(c, sums, input, finish);
+    else
+        gemm<NormedPlace, ROWS, HIDDEN>(c, sums, input, HIDDEN, finish);
+}
+
+// The columns of a pass that this thread finishes.
+template <class Place, class Do>
+__device__ __forceinline__ void each_column(const Consumer& c, Do work) {
+#pragma unroll
+    for (int i = 0; i < Place::COLUMNS; ++i) work(i, Place::column(c, i));
+}

@@ -81,12 +81,12 @@ __device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_
 #pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) {
         if (i >= count) break;
-        const u32 even[4] = {low[i].x, high[i].x, low[i].z, high[i].z}, odd[4] = {low[i].y, high[i].y, low[i].w, high[i].w};
+        const u32 first_half[4] = {low[i].x, high[i].x, low[i].y, high[i].y}, second_half[4] = {low[i].z, high[i].z, low[i].w, high[i].w};
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             uint4 v = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
-            multiply16(acc[g], even, v.x, v.z);
-            multiply16(acc[g], odd, v.y, v.w);
+            multiply16(acc[g], first_half, v.x, v.y);
+            multiply16(acc[g], second_half, v.z, v.w);
         }
     }
     residence.release(c);
@@ -239,28 +239,28 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
             finish.prepare(0, pass, 8 * group, rows);
             float acc[HALF_SLICES][WIDE_GROUPS][4] = {};
             auto multiply = [&](int first, int count) {
-                const uint4* at[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    if (i == 1 && rows == 8) break;
+                auto next_stage = [&]() {
                     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-                    at[i] = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + half * HALF_SLICES * count * 32 + c.lane;
+                    u32 at = c.next.slot * (STAGE_BYTES / 16) + half * HALF_SLICES * count * 32 + c.lane;
                     c.next.advance();
-                }
-                if (rows == 8) at[1] = at[0];  // any numbers: nobody looks at these rows
+                    return at;
+                };
+                u32 first_low = next_stage(), first_high = first_low;  // a single group twice: nobody looks at the other rows
+                if (rows == 16) first_high = next_stage();
+                const uint4 *lows = (const uint4*)c.ring.slots + first_low, *highs = (const uint4*)c.ring.slots + first_high;
 #pragma unroll
                 for (int i = 0; i < TILES_PER_STAGE; ++i) {
                     if (i >= count) break;
                     if (!IN_REGISTERS) load(0, first + i);
 #pragma unroll
                     for (int slice = 0; slice < HALF_SLICES; ++slice) {
-                        uint4 low = at[0][(slice * count + i) * 32], high = at[1][(slice * count + i) * 32];
-                        const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
+                        uint4 low = lows[(slice * count + i) * 32], high = highs[(slice * count + i) * 32];
+                        const u32 first_half[4] = {low.x, high.x, low.y, high.y}, second_half[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
                         for (int g = 0; g < WIDE_GROUPS; ++g) {
                             uint4 v = x[IN_REGISTERS ? first + i : 0][slice][g];
-                            multiply16(acc[slice][g], even, v.x, v.z);
-                            multiply16(acc[slice][g], odd, v.y, v.w);
+                            multiply16(acc[slice][g], first_half, v.x, v.y);
+                            multiply16(acc[slice][g], second_half, v.z, v.w);
                         }
                     }
                 }

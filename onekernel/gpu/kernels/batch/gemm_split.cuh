@@ -65,12 +65,12 @@ __device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
             uint4 low = 2 * p < groups ? source[2 * p * group + i * 32] : none, high = 2 * p + 1 < groups ? source[(2 * p + 1) * group + i * 32] : none;
-            const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
+            const u32 first_half[4] = {low.x, high.x, low.y, high.y}, second_half[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
             for (int g = 0; g < WARP_GROUPS; ++g) {
                 uint4 v = x[min(first + i, HELD - 1)][g];
-                multiply16(acc[p][g], even, v.x, v.z);
-                multiply16(acc[p][g], odd, v.y, v.w);
+                multiply16(acc[p][g], first_half, v.x, v.y);
+                multiply16(acc[p][g], second_half, v.z, v.w);
             }
         }
     }

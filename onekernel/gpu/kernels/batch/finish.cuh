@@ -85,6 +85,16 @@ struct LinearProjection : NormedFinish {
     }
 };
 
+// Asks for the conv windows that this block's LinearProjection will want: they are in memory, and a product is short.
+__device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
+    constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
+    if (layer >= LAYERS || is_full(layer)) return;
+    int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
+#pragma unroll 1
+    for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
+        if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));
+}
+
 struct FullProjection : NormedFinish {
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {

@@ -233,6 +233,7 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll
             for (int i = 0; i < HELD; ++i) load(i, i);
         finish.begin(pass);
+        if (pass == 0) consumer_barrier();  // what begin left for all warps is there
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
             int rows = min(2, end - group) * 8;

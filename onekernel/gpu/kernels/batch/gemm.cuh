@@ -92,7 +92,8 @@ __device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_
     residence.release(c);
 }
 
-// Who finishes which results of a pair of row groups, `unit` of UNITS being pairs that are finished together.
+// Who finishes which results of a pair of row groups, `unit` of UNITS being pairs that are finished together. A thread has
+// ELEMENTS results: ROWS rows of each of COLUMNS columns of the pass, the rows first.
 //
 // Deep: all 8 warps have sums of all results, which meet in shared memory; 16 threads take the rows of one column.
 // Wide: results are in the registers of the warps that made them, in the order of the fragments of mma.sync.
@@ -101,31 +102,36 @@ struct DeepPlace {
     static constexpr int THREADS_A_PAIR = 16 * PASS_COLUMNS < 256 ? 16 * PASS_COLUMNS : 256;
     static constexpr int UNITS = UNITS_AT_ONCE;
     static constexpr int PAIRS_AT_ONCE = UNITS * 256 / THREADS_A_PAIR;  // behind one barrier
-    static constexpr int COLUMNS = 16 * PASS_COLUMNS / THREADS_A_PAIR;  // that a thread finishes
+    static constexpr int ROWS = 1, COLUMNS = 16 * PASS_COLUMNS / THREADS_A_PAIR, ELEMENTS = ROWS * COLUMNS;
     static constexpr int CANDIDATES = 256 / THREADS_A_PAIR;  // that a block has for a row of the batch, of different pairs
     __device__ __forceinline__ static int pair(const Consumer& c, int unit) { return unit * (256 / THREADS_A_PAIR) + c.thread / THREADS_A_PAIR; }
-    __device__ __forceinline__ static int row(const Consumer& c) { return c.thread % 16; }
+    __device__ __forceinline__ static int row(const Consumer& c, int = 0) { return c.thread % 16; }
     __device__ __forceinline__ static int column(const Consumer& c, int i) { return c.thread % THREADS_A_PAIR / 16 + 16 * i; }
     __device__ __forceinline__ static int candidate(const Consumer& c) { return c.thread / THREADS_A_PAIR; }
-    static constexpr int UP = 4;  // lanes from a row of gate_proj to the same of up_proj
+    static constexpr int UP = 4;                               // lanes from a row of gate_proj to the same of up_proj
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 8;  // of the lane
     static_assert(CONSUMER_WARPS * 32 == 256, "256 threads");
 };
-constexpr int WIDE_WARPS = 4;                                                             // that share a pass's columns
-constexpr int WIDE_GROUPS = COLUMN_GROUPS >= WIDE_WARPS ? COLUMN_GROUPS / WIDE_WARPS : 1;  // of columns, a warp
-constexpr int HALF_SLICES = CONSUMER_WARPS / 2;
+// A warp has 16 columns of the pass and a half of the matrix's. Where there are 32 columns it has one of the two row
+// groups, and of two warps that exchange halves of a sum, each finishes 8 columns; where there are 64 it has both row
+// groups, and finishes one of them.
 struct WidePlace {
-    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, COLUMNS = 2 * WIDE_GROUPS, CANDIDATES = 2;
-    __device__ __forceinline__ static int half(const Consumer& c) { return c.warp / WIDE_WARPS; }
+    static constexpr int COLUMN_WARPS = COLUMN_GROUPS >= 8 ? 4 : 2, ROW_WARPS = 4 / COLUMN_WARPS, GROUPS = 2 / ROW_WARPS;
+    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = GROUPS, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
+    __device__ __forceinline__ static int half(const Consumer& c) { return c.warp / 4; }
+    __device__ __forceinline__ static int column_warp(const Consumer& c) { return c.warp % COLUMN_WARPS; }
+    __device__ __forceinline__ static int row_warp(const Consumer& c) { return c.warp % 4 / COLUMN_WARPS; }
     __device__ __forceinline__ static int pair(const Consumer&, int) { return 0; }
-    __device__ __forceinline__ static int row(const Consumer& c) { return 8 * half(c) + c.lane / 4; }
-    __device__ __forceinline__ static int column(const Consumer& c, int i) { return 8 * (c.warp % WIDE_WARPS * WIDE_GROUPS + i / 2) + c.lane % 4 * 2 + i % 2; }
-    __device__ __forceinline__ static int candidate(const Consumer& c) { return half(c); }
-    static constexpr int UP = 16;
-    static constexpr int FIRST_ROW_BIT = 4, LAST_ROW_BIT = 16;
+    __device__ __forceinline__ static int group(const Consumer& c) { return GROUPS == 2 ? half(c) : row_warp(c); }
+    __device__ __forceinline__ static int row(const Consumer& c, int i) { return 8 * group(c) + c.lane % 4 * 2 + i % 2; }
+    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * column_warp(c) + c.lane / 4 + 8 * (GROUPS == 2 ? j : half(c)); }
+    __device__ __forceinline__ static int candidate(const Consumer& c) { return group(c); }
+    static constexpr int UP = 2;
+    static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 2;
 };
+constexpr int HALF_SLICES = CONSUMER_WARPS / 2;
 // Of the products whose input is the residual stream: the wide form where there are columns enough.
-constexpr bool IS_WIDE = COLUMN_GROUPS >= WIDE_WARPS;
+constexpr bool IS_WIDE = COLUMN_GROUPS >= 4;
 template <bool WIDE>
 struct PlaceOf {
     using type = DeepPlace<COLUMN_GROUPS <= 2 ? 2 : 1>;
@@ -143,8 +149,7 @@ constexpr int MOST_PAIRS_AT_ONCE = PlaceOf<false>::type::PAIRS_AT_ONCE;
 using Sums = float[CONSUMER_WARPS][MOST_PAIRS_AT_ONCE * PAIR_SUMS];
 
 // For each pass and pair of row groups (or some pairs at once): finish.prepare(unit, pass, first row, rows) ahead of the
-// weights, then finish(unit, pass, first row, rows, sum), where sum(i) is the product for this thread's row of the pair
-// and its i-th column of the pass, see Place.
+// weights, then finish(unit, pass, first row, rows, sum), where sum(i) is this thread's i-th result, see Place.
 template <class Place, int ROWS, int MOST_WIDTH, class Finish>
 __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, int width, Finish& finish) {
     constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
@@ -204,16 +209,18 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
     }
 }
 
-using Exchange = float[2][2 * WIDE_GROUPS][32];  // between two warps
-constexpr int EXCHANGE_BYTES = 2 * WIDE_WARPS * sizeof(Exchange);
+using Exchange = float[2][WidePlace::ELEMENTS][32];  // between two warps
+constexpr int EXCHANGE_BYTES = 2 * 4 * sizeof(Exchange);
 
-// As gemm, for many columns: a warp has a half of the matrix's columns and a quarter of the pass's, and two warps
-// exchange what they have of each other's rows. No barrier of all warps, an eighth of the traffic through shared memory.
+// As gemm, for many columns, which here are the 16 rows of the tensor-core products: what is loaded stands in registers as
+// the instruction wants it, the input once for all rows of weights, these straight from the ring. A warp has half of the
+// matrix's columns; two exchange what they have of each other's results. No barrier of all warps, and an eighth of the
+// traffic through shared memory.
 template <int ROWS, int WIDTH, class Finish>
 __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
     using Place = WidePlace;
     constexpr int TILES = WIDTH / CONSUMER_WARPS / 32, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE, GROUPS = (ROWS + 7) / 8;
-    constexpr bool IN_REGISTERS = HALF_SLICES * TILES * WIDE_GROUPS <= MOST_OPERANDS;
+    constexpr bool IN_REGISTERS = HALF_SLICES * TILES * 2 <= MOST_OPERANDS;
     constexpr int HELD = IN_REGISTERS ? TILES : 1;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), half = Place::half(c);
@@ -221,13 +228,17 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + c.warp % WIDE_WARPS * WIDE_GROUPS) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
-        uint4 x[HELD][HALF_SLICES][WIDE_GROUPS];
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + Place::column_warp(c) * 2) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
+        u32 x[HELD][HALF_SLICES][2][4];  // of 16 columns of the pass: the two 16-column halves of a tile
         auto load = [&](int held, int tile) {
 #pragma unroll
-            for (int slice = 0; slice < HALF_SLICES; ++slice)
-#pragma unroll
-                for (int g = 0; g < WIDE_GROUPS; ++g) x[held][slice][g] = load_l2(source + ((long long)g * (WIDTH / 32) + slice * TILES + tile) * 512);
+            for (int slice = 0; slice < HALF_SLICES; ++slice) {
+                const u8* at = source + (slice * TILES + tile) * 512;
+                uint4 low = load_l2(at), high = load_l2(at + (WIDTH / 32) * 512);
+                u32(&first)[4] = x[held][slice][0], (&second)[4] = x[held][slice][1];
+                first[0] = low.x, first[1] = high.x, first[2] = low.y, first[3] = high.y;
+                second[0] = low.z, second[1] = high.z, second[2] = low.w, second[3] = high.w;
+            }
         };
         if (IN_REGISTERS)
 #pragma unroll
@@ -238,7 +249,7 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
         for (int group = begin; group < end; group += 2) {
             int rows = min(2, end - group) * 8;
             finish.prepare(0, pass, 8 * group, rows);
-            float acc[HALF_SLICES][WIDE_GROUPS][4] = {};
+            float acc[HALF_SLICES][Place::GROUPS][4] = {};
             auto multiply = [&](int first, int count) {
                 auto next_stage = [&]() {
                     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
@@ -246,24 +257,24 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                     c.next.advance();
                     return at;
                 };
-                u32 first_low = next_stage(), first_high = first_low;  // a single group twice: nobody looks at the other rows
-                if (rows == 16) first_high = next_stage();
-                const uint4 *lows = (const uint4*)c.ring.slots + first_low, *highs = (const uint4*)c.ring.slots + first_high;
+                u32 at[2] = {next_stage(), 0};
+                at[1] = at[0];  // a single group twice: nobody looks at the other's results
+                if (rows == 16) at[1] = next_stage();
+                if (Place::GROUPS == 1 && Place::row_warp(c)) at[0] = at[1];
+                const uint4* weights = (const uint4*)c.ring.slots;
 #pragma unroll
                 for (int i = 0; i < TILES_PER_STAGE; ++i) {
                     if (i >= count) break;
                     if (!IN_REGISTERS) load(0, first + i);
 #pragma unroll
-                    for (int slice = 0; slice < HALF_SLICES; ++slice) {
-                        uint4 low = lows[(slice * count + i) * 32], high = highs[(slice * count + i) * 32];
-                        const u32 first_half[4] = {low.x, high.x, low.y, high.y}, second_half[4] = {low.z, high.z, low.w, high.w};
+                    for (int slice = 0; slice < HALF_SLICES; ++slice)
 #pragma unroll
-                        for (int g = 0; g < WIDE_GROUPS; ++g) {
-                            uint4 v = x[IN_REGISTERS ? first + i : 0][slice][g];
-                            multiply16(acc[slice][g], first_half, v.x, v.y);
-                            multiply16(acc[slice][g], second_half, v.z, v.w);
+                        for (int g = 0; g < Place::GROUPS; ++g) {
+                            uint4 w = weights[at[g] + (slice * count + i) * 32];
+                            const u32(&operand)[2][4] = x[IN_REGISTERS ? first + i : 0][slice];
+                            multiply16(acc[slice][g], operand[0], w.x, w.y);
+                            multiply16(acc[slice][g], operand[1], w.z, w.w);
                         }
-                    }
                 }
                 residence.release(c);
             };
@@ -275,23 +286,26 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                 for (int s = 0; s < FULL_STAGES; ++s) multiply(s * TILES_PER_STAGE, TILES_PER_STAGE);
             }
             if constexpr (REST) multiply(FULL_STAGES * TILES_PER_STAGE, REST);
-            // The sums of this half of the slices; then rows 0 to 7 go to the lower warp, 8 to 15 to the upper one.
-            Exchange* exchange = (Exchange*)sums + (c.buffer * WIDE_WARPS + c.warp % WIDE_WARPS);
-            float own[2 * WIDE_GROUPS];
+            // The sums of this half of the slices. Of two row groups, or of 16 columns, the lower warp finishes the first.
+            Exchange* exchange = (Exchange*)sums + (c.buffer * 4 + c.warp % 4);
+            float own[Place::ELEMENTS];
 #pragma unroll
-            for (int g = 0; g < WIDE_GROUPS; ++g)
+            for (int g = 0; g < Place::GROUPS; ++g)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float sum = acc[0][g][i];
 #pragma unroll
                     for (int slice = 1; slice < HALF_SLICES; ++slice) sum += acc[slice][g][i];
-                    if (i / 2 == half)
-                        own[2 * g + i % 2] = sum;
+                    bool lower = Place::GROUPS == 2 ? g == 0 : i < 2;
+                    int element = Place::GROUPS == 2 ? i : i % 2;
+                    if (lower == (half == 0))
+                        own[element] = sum;
                     else
-                        (*exchange)[half][2 * g + i % 2][c.lane] = sum;
+                        (*exchange)[half][element][c.lane] = sum;
                 }
-            group_barrier(2 + c.warp % WIDE_WARPS, 64);
-            finish(0, pass, 8 * group, rows, [&](int i) { return own[i] + (*exchange)[1 - half][i][c.lane]; });
+            group_barrier(2 + c.warp % 4, 64);
+            if (Place::group(c) == 0 || rows == 16)
+                finish(0, pass, 8 * group, rows, [&](int i) { return own[i] + (*exchange)[1 - half][i][c.lane]; });
             c.buffer ^= 1;
         }
         finish.end(pass);
@@ -307,9 +321,9 @@ __device__ __forceinline__ void gemm_normed(Consumer& c, Sums* sums, const u8* i
         gemm<NormedPlace, ROWS, HIDDEN>(c, sums, input, HIDDEN, finish);
 }
 
-// The columns of a pass that this thread finishes.
+// The results of this thread: work(i, row of the pair, column of the pass).
 template <class Place, class Do>
-__device__ __forceinline__ void each_column(const Consumer& c, Do work) {
+__device__ __forceinline__ void each_element(const Consumer& c, Do work) {
 #pragma unroll
-    for (int i = 0; i < Place::COLUMNS; ++i) work(i, Place::column(c, i));
+    for (int i = 0; i < Place::ELEMENTS; ++i) work(i, Place::row(c, i), Place::column(c, i / Place::ROWS));
 }

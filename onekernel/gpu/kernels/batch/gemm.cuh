@@ -1,7 +1,6 @@
 // Weights times the rows of the batch: y[row of weights, row of the batch], the weights streamed once a pass.
 //
-// Two groups of 8 rows of weights are the 16 rows of a tensor-core product, 8 rows of the batch its columns. Each of the
-// 8 slices of the matrix's columns is multiplied on its own, in the order of the tape, by a warp for each or by warps that
+// 16 rows of the batch are the rows of a tensor-core product, a group of 8 rows of weights its columns. Each of the 8 slices of the matrix's columns is multiplied on its own, in the order of the tape, by a warp for each or by warps that
 // take several; the eight sums are added in one order (sum_of_slices). It is the same for every number of rows, so that no
 // sequence's bits depend on its company.
 #pragma once
@@ -19,14 +18,24 @@ __device__ __forceinline__ float sum_of_slices(Slice slice) {
     return low + high;
 }
 
+// 16 rows of the batch (or 8 and nothing) as the 16 rows of tensor-core products with a tile of 32 columns of weights, the
+// two halves of its columns apart. So what is loaded stands in registers as the instruction wants it: the input is put in
+// order once for all rows of weights, and these come straight from the ring.
+using SixteenColumns = u32[2][4];
+__device__ __forceinline__ void put_columns(SixteenColumns& x, uint4 low, uint4 high) {
+    x[0][0] = low.x, x[0][1] = high.x, x[0][2] = low.y, x[0][3] = high.y;
+    x[1][0] = low.z, x[1][1] = high.z, x[1][2] = low.w, x[1][3] = high.w;
+}
+constexpr int SIXTEENS = (COLUMN_GROUPS + 1) / 2;  // of columns, in a pass
+
 // This warp's slice of the input, for the rows of one pass: `tiles` tiles of 32 columns, MOST at most.
 template <int MOST>
 struct Operand {
-    static constexpr bool IN_REGISTERS = MOST * COLUMN_GROUPS <= MOST_OPERANDS;
+    static constexpr bool IN_REGISTERS = MOST * 2 * SIXTEENS <= MOST_OPERANDS;
     static constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
     const u8* source;
     long long group_bytes;  // from 8 rows of the batch to the next
-    uint4 words[HELD][COLUMN_GROUPS];
+    SixteenColumns words[HELD][SIXTEENS];
 
     __device__ __forceinline__ Operand(const Consumer& c, const u8* input, int pass, int tiles)
         : source(input + ((long long)pass * COLUMN_GROUPS * CONSUMER_WARPS + c.warp) * tiles * 512 + c.lane * 16), group_bytes(CONSUMER_WARPS * tiles * 512) {
@@ -36,9 +45,11 @@ struct Operand {
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
 #pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g)
-                if (COLUMN_GROUPS > 1 || i < count)  // many: a branch costs registers, so the last tile is loaded again
-                    words[i][g] = load_l2(source + g * group_bytes + (first + min(i, count - 1)) * 512);
+            for (int g = 0; g < SIXTEENS; ++g)
+                if (COLUMN_GROUPS > 1 || i < count) {  // many: a branch costs registers, so the last tile is loaded again
+                    const u8* at = source + 2 * g * group_bytes + (first + min(i, count - 1)) * 512;
+                    put_columns(words[i][g], load_l2(at), COLUMN_GROUPS > 1 ? load_l2(at + group_bytes) : make_uint4(0, 0, 0, 0));
+                }
     }
 };
 
@@ -62,33 +73,23 @@ struct Residence {
     }
 };
 
-// The next stage of one row group: `count` tiles of this warp.
-__device__ __forceinline__ void fetch_tiles(Consumer& c, uint4 (&w)[TILES_PER_STAGE], int count) {
+// A stage of one row group, `count` tiles of this warp, times tiles `first` and up of the operand.
+template <int MOST>
+__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[SIXTEENS][4], const Operand<MOST>& x, int first, int count, const Residence& residence) {
     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
     const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
 #pragma unroll
-    for (int i = 0; i < TILES_PER_STAGE; ++i)
-        if (i < count) w[i] = source[i * 32];
-    c.next.advance();
-}
-
-// A stage of one or two row groups, times tiles `first` and up of the operand.
-template <int MOST>
-__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[COLUMN_GROUPS][4], const Operand<MOST>& x, int first, int count, bool pair, const Residence& residence) {
-    uint4 low[TILES_PER_STAGE], high[TILES_PER_STAGE] = {};
-    fetch_tiles(c, low, count);
-    if (pair) fetch_tiles(c, high, count);
-#pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) {
         if (i >= count) break;
-        const u32 first_half[4] = {low[i].x, high[i].x, low[i].y, high[i].y}, second_half[4] = {low[i].z, high[i].z, low[i].w, high[i].w};
+        uint4 w = source[i * 32];
 #pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g) {
-            uint4 v = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
-            multiply16(acc[g], first_half, v.x, v.y);
-            multiply16(acc[g], second_half, v.z, v.w);
+        for (int g = 0; g < SIXTEENS; ++g) {
+            const SixteenColumns& columns = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
+            multiply16(acc[g], columns[0], w.x, w.y);
+            multiply16(acc[g], columns[1], w.z, w.w);
         }
     }
+    c.next.advance();
     residence.release(c);
 }
 
@@ -169,30 +170,33 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
             auto rows_of = [&](int unit) { return 8 * max(0, min(2, end - first_of(unit))); };
 #pragma unroll
             for (int unit = 0; unit < Place::UNITS; ++unit) finish.prepare(unit, pass, 8 * first_of(unit), rows_of(unit));
-            float* own = sums[c.buffer][c.warp] + c.lane / 4 * SUM_STRIDE + 2 * (c.lane % 4);
+            float* own = sums[c.buffer][c.warp] + c.lane % 4 * 2 * SUM_STRIDE + c.lane / 4;
 #pragma unroll 1
-            for (int group = batch; group < min(end, batch + 2 * Place::PAIRS_AT_ONCE); group += 2, own += PAIR_SUMS) {
-                bool pair = group + 1 < end;
-                float acc[COLUMN_GROUPS][4];
-#pragma unroll
-                for (int g = 0; g < COLUMN_GROUPS; ++g) acc[g][0] = acc[g][1] = acc[g][2] = acc[g][3] = 0;
+            for (int pair = batch; pair < min(end, batch + 2 * Place::PAIRS_AT_ONCE); pair += 2, own += PAIR_SUMS) {
+                int groups = min(2, end - pair);
+                float acc[2][SIXTEENS][4] = {};
+                auto multiply = [&](int first, int count) {  // the stages of the two groups come in turn
+                    multiply_stage(c, acc[0], x, first, count, residence);
+                    if (groups == 2) multiply_stage(c, acc[1], x, first, count, residence);
+                };
                 if constexpr (Operand<MOST>::IN_REGISTERS) {
 #pragma unroll
                     for (int at = 0; at < MOST; at += TILES_PER_STAGE)
-                        if (at < tiles) multiply_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), pair, residence);
+                        if (at < tiles) multiply(at, min(TILES_PER_STAGE, tiles - at));
                 } else {
 #pragma unroll 1
                     for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                         int count = min(TILES_PER_STAGE, tiles - at);
                         x.load(at, count);
-                        multiply_stage(c, acc, x, at, count, pair, residence);
+                        multiply(0, count);
                     }
                 }
 #pragma unroll
-                for (int g = 0; g < COLUMN_GROUPS; ++g) {
-                    own[8 * g] = acc[g][0], own[8 * g + 1] = acc[g][1];
-                    own[8 * SUM_STRIDE + 8 * g] = acc[g][2], own[8 * SUM_STRIDE + 8 * g + 1] = acc[g][3];
-                }
+                for (int g = 0; g < 2; ++g)
+#pragma unroll
+                    for (int k = 0; k < SIXTEENS; ++k)
+#pragma unroll
+                        for (int i = 0; i < (COLUMN_GROUPS > 1 ? 4 : 2); ++i) own[(8 * g + i % 2) * SUM_STRIDE + 16 * k + i / 2 * 8] = acc[g][k][i];
             }
             consumer_barrier();
 #pragma unroll
@@ -212,9 +216,8 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
 using Exchange = float[2][WidePlace::ELEMENTS][32];  // between two warps
 constexpr int EXCHANGE_BYTES = 2 * 4 * sizeof(Exchange);
 
-// As gemm, for many columns, which here are the 16 rows of the tensor-core products: what is loaded stands in registers as
-// the instruction wants it, the input once for all rows of weights, these straight from the ring. A warp has half of the
-// matrix's columns; two exchange what they have of each other's results. No barrier of all warps, and an eighth of the
+// As gemm, for many columns: a warp has half of the matrix's columns, and two exchange what they have of each other's
+// results. No barrier of all warps, and an eighth of the
 // traffic through shared memory.
 template <int ROWS, int WIDTH, class Finish>
 __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
@@ -229,15 +232,12 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
         const u8* source = input + ((long long)(pass * COLUMN_GROUPS + Place::column_warp(c) * 2) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
-        u32 x[HELD][HALF_SLICES][2][4];  // of 16 columns of the pass: the two 16-column halves of a tile
+        SixteenColumns x[HELD][HALF_SLICES];
         auto load = [&](int held, int tile) {
 #pragma unroll
             for (int slice = 0; slice < HALF_SLICES; ++slice) {
                 const u8* at = source + (slice * TILES + tile) * 512;
-                uint4 low = load_l2(at), high = load_l2(at + (WIDTH / 32) * 512);
-                u32(&first)[4] = x[held][slice][0], (&second)[4] = x[held][slice][1];
-                first[0] = low.x, first[1] = high.x, first[2] = low.y, first[3] = high.y;
-                second[0] = low.z, second[1] = high.z, second[2] = low.w, second[3] = high.w;
+                put_columns(x[held][slice], load_l2(at), load_l2(at + (WIDTH / 32) * 512));
             }
         };
         if (IN_REGISTERS)
@@ -271,9 +271,9 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll
                         for (int g = 0; g < Place::GROUPS; ++g) {
                             uint4 w = weights[at[g] + (slice * count + i) * 32];
-                            const u32(&operand)[2][4] = x[IN_REGISTERS ? first + i : 0][slice];
-                            multiply16(acc[slice][g], operand[0], w.x, w.y);
-                            multiply16(acc[slice][g], operand[1], w.z, w.w);
+                            const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
+                            multiply16(acc[slice][g], columns[0], w.x, w.y);
+                            multiply16(acc[slice][g], columns[1], w.z, w.w);
                         }
                 }
                 residence.release(c);

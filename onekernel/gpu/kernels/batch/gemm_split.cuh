@@ -52,9 +52,6 @@ __device__ __forceinline__ void fill_pieces(Ring& ring, RingPosition at, const u
 
 // ---- consumers ----
 
-// 16 columns of the pass as rows of tensor-core products (see gemm_wide): the two 16-column halves of a tile.
-using SixteenColumns = u32[2][4];
-
 // `count` tiles of this warp's slice, of up to four row groups, times tiles `first` and up of its operand.
 template <int HELD>
 __device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[4][4], const SixteenColumns (&x)[HELD], int first, int count, int groups, const Residence& residence) {
@@ -66,9 +63,9 @@ __device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
             uint4 w = source[min(g, groups - 1) * SHARING_WARPS * count * 32 + i * 32];  // what is not there is not stored
-            const SixteenColumns& operand = x[min(first + i, HELD - 1)];
-            multiply16(acc[g], operand[0], w.x, w.y);
-            multiply16(acc[g], operand[1], w.z, w.w);
+            const SixteenColumns& columns = x[min(first + i, HELD - 1)];
+            multiply16(acc[g], columns[0], w.x, w.y);
+            multiply16(acc[g], columns[1], w.z, w.w);
         }
     }
     c.next.advance();
@@ -94,9 +91,7 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
 #pragma unroll
             for (int i = 0; i < HELD; ++i) {
                 const u8* at = source + (first + min(i, count - 1)) * 512;
-                uint4 low = load_l2(at), high = load_l2(at + (long long)CONSUMER_WARPS * tiles * 512);
-                x[i][0][0] = low.x, x[i][0][1] = high.x, x[i][0][2] = low.y, x[i][0][3] = high.y;
-                x[i][1][0] = low.z, x[i][1][1] = high.z, x[i][1][2] = low.w, x[i][1][3] = high.w;
+                put_columns(x[i], load_l2(at), load_l2(at + (long long)CONSUMER_WARPS * tiles * 512));
             }
         };
         if (IN_REGISTERS) load(0, tiles);

@@ -55,7 +55,9 @@ def _adapted(name: str, text: str) -> str:
             text = re.sub(r'asm volatile\("mov.u32 %0, %1;".*?;', "same = v;", text)
             return re.sub(r'asm volatile\("bar.sync 1.*?;.*?;', "bar(1, CONSUMER_WARPS * 32);", text)
         case "primitive/grid_barrier.cuh":
-            text = re.sub(r'asm volatile\("ld.acquire.*?;.*?;', "v = *(volatile const u32*)counter;", text.split("// `target`")[0])
+            text = re.sub(
+                r'asm volatile\("ld.acquire.*?;.*?;', "v = *(volatile const u32*)counter;", text.split("// `target`")[0]
+            )
             return re.sub(r'asm volatile\("red.*?;.*?;', "++*counter;", text)
         case "primitive/timeline.cuh":
             return re.sub(r"asm volatile\(.*?\);", "clock = 0;", text)

@@ -1,7 +1,8 @@
 // Weights times the rows of the batch: y[row of weights, row of the batch], the weights streamed once a pass.
 //
-// 16 rows of the batch are the rows of a tensor-core product, a group of 8 rows of weights its columns. Each of the 8 slices of the matrix's columns is multiplied on its own, in the order of the tape, by a warp for each or by warps that
-// take several; the eight sums are added in one order (sum_of_slices). It is the same for every number of rows, so that no
+// 16 rows of the batch are the rows of a tensor-core product, a group of 8 rows of weights its columns. Each of the 8 slices
+// of the matrix's columns is multiplied on its own, in the order of the tape, by a warp for each or by warps that take
+// several; the eight sums are added in one order (sum_of_slices). It is the same for every number of rows, so that no
 // sequence's bits depend on its company.
 #pragma once
 

@@ -73,7 +73,7 @@ def compare(
     return worst
 
 
-@pytest.mark.parametrize("count", [1, 3, 8, 13, 32])
+@pytest.mark.parametrize("count", [1, 8, 32])
 def test_rows_are_those_of_the_reference(batch: BatchDecoder, count: int, record_property) -> None:
     parameters = Parameters.load(random_weights(SHAPE), SHAPE, mtp=False)
     lengths = [1, 2, 63, 64, 65, 130, 5, 17][:count] + [9] * (count - 8)
@@ -81,7 +81,7 @@ def test_rows_are_those_of_the_reference(batch: BatchDecoder, count: int, record
     rows = [new_row(batch.decoder, prompt) for prompt in prompts]
     made = ids(advance(batch, rows, 6))
     assert all(len(tokens) == 6 for tokens in made)
-    found = compare(batch.decoder, rows[:10], parameters, prompts[:10], made[:10])
+    found = compare(batch.decoder, rows[:8], parameters, prompts[:8], made[:8])
     for part, error in found.items():
         record_property(f"error_{part}", float(f"{error:.3g}"))
     assert all(error < LIMIT for error in found.values()), found

@@ -98,8 +98,8 @@ class BatchDecoder:
         interrupted: Callable[[], bool] = lambda: False,
         timed: bool = False,
     ) -> Iterator[list[tuple[int, SampledToken]]]:
-        """Make up to `steps` (at most MOST_STEPS) tokens of every row in one launch; yields those of each step, with
-        the place of their row, as they are made.
+        """Make up to `steps` tokens (or MOST_STEPS) of every row in one launch; yields those of each step, with the
+        place of their row, as they are made.
 
         A row ends behind a stop token or its max_tokens, and alone: `error` is set where its logits were damaged. Its
         sampler is told each token, its last token is not consumed. `interrupted` is asked between steps; if it
@@ -110,8 +110,9 @@ class BatchDecoder:
             BackendError: the kernel failed.
         """
         assert 0 < len(rows) <= self.slots
-        assert 0 < steps <= MOST_STEPS
+        assert steps > 0
         assert not self._running
+        steps = min(steps, MOST_STEPS)
         if self.decoder._failure:
             raise BackendError(self.decoder._failure)
         self.decoder.gpu.make_current()

@@ -52,9 +52,13 @@ def _adapted(name: str, text: str) -> str:
         case "primitive/warp.cuh":
             text = re.sub(r'asm volatile\("mov.u32 %0, %%tid.x;".*?;', "thread = threadIdx.x;", text)
             text = re.sub(r'asm volatile\("mov.u32 %0, %%ctaid.x;".*?;', "block = blockIdx.x;", text)
+            text = re.sub(r'asm volatile\("mov.u32 %0, %1;".*?;', "same = v;", text)
             return re.sub(r'asm volatile\("bar.sync 1.*?;.*?;', "bar(1, CONSUMER_WARPS * 32);", text)
         case "primitive/grid_barrier.cuh":
-            return re.sub(r"asm volatile\(\"red.*?\);", "++*counter;", text, count=1).split("// `target`")[0]
+            text = re.sub(
+                r'asm volatile\("ld.acquire.*?;.*?;', "v = *(volatile const u32*)counter;", text.split("// `target`")[0]
+            )
+            return re.sub(r'asm volatile\("red.*?;.*?;', "++*counter;", text)
         case "primitive/timeline.cuh":
             return re.sub(r"asm volatile\(.*?\);", "clock = 0;", text)
         case "primitive/gemv.cuh":  # without the matrix-vector product

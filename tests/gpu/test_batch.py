@@ -73,7 +73,7 @@ def compare(
     return worst
 
 
-@pytest.mark.parametrize("count", [1, 3, 8, 13, 32])
+@pytest.mark.parametrize("count", [1, 8, 32])
 def test_rows_are_those_of_the_reference(batch: BatchDecoder, count: int, record_property) -> None:
     parameters = Parameters.load(random_weights(SHAPE), SHAPE, mtp=False)
     lengths = [1, 2, 63, 64, 65, 130, 5, 17][:count] + [9] * (count - 8)
@@ -81,13 +81,13 @@ def test_rows_are_those_of_the_reference(batch: BatchDecoder, count: int, record
     rows = [new_row(batch.decoder, prompt) for prompt in prompts]
     made = ids(advance(batch, rows, 6))
     assert all(len(tokens) == 6 for tokens in made)
-    found = compare(batch.decoder, rows[:10], parameters, prompts[:10], made[:10])
+    found = compare(batch.decoder, rows[:8], parameters, prompts[:8], made[:8])
     for part, error in found.items():
         record_property(f"error_{part}", float(f"{error:.3g}"))
     assert all(error < LIMIT for error in found.values()), found
 
 
-@pytest.mark.parametrize("size", ["2b", "4b", "9b", "27b"])
+@pytest.mark.parametrize("size", ["2b", "27b"])
 def test_the_other_sizes(gpu: Gpu, size: str, record_property) -> None:
     shape = shortened(size)
     weights = random_weights(shape)
@@ -192,7 +192,7 @@ def test_sampling_is_that_of_the_sampler_for_the_same_logits(gpu: Gpu) -> None:
     batch = BatchDecoder(decoder, 16)
     rows = sampled_rows(decoder)
     by_step: list[list[int]] = [[] for _ in rows]
-    for _ in range(12):
+    for _ in range(5):
         twins = []
         for row in rows:
             twin = Sampler(row.sampler.params, VOCABULARY_SIZE)
@@ -209,10 +209,10 @@ def test_sampling_is_that_of_the_sampler_for_the_same_logits(gpu: Gpu) -> None:
             assert token.logprob == pytest.approx(expected.logprob, abs=1e-4)
             assert [i for i, _ in token.top_logprobs] == [i for i, _ in expected.top_logprobs]
     rows = sampled_rows(decoder)
-    assert ids(advance(batch, rows, 12)) == by_step  # many steps a launch
+    assert ids(advance(batch, rows, 5)) == by_step  # many steps a launch
     for place in (1, 3, 4):  # alone
         (row,) = [new_row(decoder, random_tokens(shape, 10, seed=place), PARAMS[place])]
-        assert ids(advance(batch, [row], 12))[0] == by_step[place]
+        assert ids(advance(batch, [row], 5))[0] == by_step[place]
     batch.close()
     decoder.close()
 

@@ -227,6 +227,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     while (true) {
         barrier.wait(c);
         c.enter(PHASE_INPUT, layer);
+        if (input == a.activated) prefetch_windows(c, a, shared.rows, layer + 1);
         ResidualUpdate update{base, norm, shared.residual, shared.squares};
         project_back(c, a, shared, input, width, update, meetings);
         barrier.meet(c);
@@ -389,6 +390,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
     for (int step = 0; step < a.steps; ++step) {
         if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
+        prefetch_windows(c, a, shared.rows, 0);
         if (c.warp == 0) count_items(c, a, shared.rows, shared.first_item);
         barrier.meet(c);
 #pragma unroll 1

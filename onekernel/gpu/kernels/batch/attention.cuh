@@ -130,9 +130,9 @@ __device__ __forceinline__ void attend_split(Consumer& c, const BatchArguments& 
 #pragma unroll
             for (int t = 0; t < HALF_TILES; ++t) {
                 uint4 low = k.low[t], high = k.high[t], v = query[4 * (half * HALF_TILES + t)];
-                const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
-                multiply16(scores, even, v.x, v.z);
-                multiply16(scores, odd, v.y, v.w);
+                const u32 first_half[4] = {low.x, high.x, low.y, high.y}, second_half[4] = {low.z, high.z, low.w, high.w};
+                multiply16(scores, first_half, v.x, v.y);
+                multiply16(scores, second_half, v.z, v.w);
             }
         };
         score(lower, 0);

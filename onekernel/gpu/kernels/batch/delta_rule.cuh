@@ -7,7 +7,12 @@
 constexpr int WARP_COLUMNS = VALUE_HEAD_DIM / CONSUMER_WARPS;
 static_assert(WARP_COLUMNS == 16 && KEY_HEAD_DIM == 128, "two sums a column make 32, one a lane; a lane has 4 keys");
 
-constexpr int AHEAD = WARP_COLUMNS / 2;  // columns of the item after that are loaded as early: more do not fit in registers
+// Columns of the item after that are loaded as early: as many as there are registers for (see warp.cuh).
+#if __CUDA_ARCH__ >= 900
+constexpr int AHEAD = WARP_COLUMNS / 2;
+#else
+constexpr int AHEAD = 1;
+#endif
 
 // Keys 4 l to 4 l + 3 of columns of a state.
 template <int COLUMNS>

@@ -39,34 +39,38 @@ struct NormedFinish : Finish {
 struct LinearProjection : NormedFinish {
     LinearLayer layer;
     int index;  // of the layer
-    float4 taps[NormedPlace::UNITS], window[NormedPlace::UNITS][NormedPlace::COLUMNS];
+    float4 taps[NormedPlace::UNITS][NormedPlace::ROWS], window[NormedPlace::UNITS][NormedPlace::ELEMENTS];
 
     __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
-        int row = first + NormedPlace::row(*consumer);
-        if (NormedPlace::row(*consumer) >= count) return;
-        if (row < CONV_DIM) {
-            taps[unit] = load_constant4(layer.conv_weight + 4 * row);
-            each_column<NormedPlace>(*consumer, [&](int i, int column) {
-                int n = pass * PASS_COLUMNS + column;
-                if (n < arguments->rows && rows->kind[n]) window[unit][i] = *(const float4*)(conv_window(rows->state[n], index) + 4 * row);
-            });
-        } else if (row < CONV_DIM + VALUE_DIM) {
-            taps[unit].x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
-        } else if (row >= PROJECTED_LINEAR - VALUE_HEADS && row < PROJECTED_LINEAR) {
-            int head = row - (PROJECTED_LINEAR - VALUE_HEADS);
-            taps[unit].x = load_constant(layer.dt_bias + head);
-            taps[unit].y = load_constant(layer.negative_decay_rate + head);
+#pragma unroll
+        for (int i = 0; i < NormedPlace::ROWS; ++i) {
+            int local = NormedPlace::row(*consumer, i), row = first + local;
+            float4& t = taps[unit][i];
+            if (local >= count) continue;
+            if (row < CONV_DIM) {
+                t = load_constant4(layer.conv_weight + 4 * row);
+            } else if (row < CONV_DIM + VALUE_DIM) {
+                t.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
+            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS && row < PROJECTED_LINEAR) {
+                int head = row - (PROJECTED_LINEAR - VALUE_HEADS);
+                t.x = load_constant(layer.dt_bias + head);
+                t.y = load_constant(layer.negative_decay_rate + head);
+            }
         }
+        if (first >= CONV_DIM) return;
+        each_element<NormedPlace>(*consumer, [&](int i, int row, int column) {
+            int n = pass * PASS_COLUMNS + column;
+            bool wanted = row < count && first + row < CONV_DIM && n < arguments->rows && rows->kind[n];
+            load_l2_if(window[unit][i], conv_window(rows->state[wanted ? n : 0], index) + 4 * (first + row), wanted);
+        });
     }
     template <class Sum>
     __device__ __forceinline__ void operator()(int unit, int pass, int first, int count, Sum sum) {
-        int row = first + NormedPlace::row(*consumer);
-        if (NormedPlace::row(*consumer) >= count || row >= PROJECTED_LINEAR) return;
-        float4 t = taps[unit];
-        each_column<NormedPlace>(*consumer, [&](int i, int column) {
-            int n = pass * PASS_COLUMNS + column;
-            if (n >= arguments->rows || !rows->kind[n]) return;
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, row = first + local;
+            if (local >= count || row >= PROJECTED_LINEAR || n >= arguments->rows || !rows->kind[n]) return;
             float y = __fmul_rn(sum(i), inverse[n]);
+            float4 t = taps[unit][i % NormedPlace::ROWS];
             bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
             if (row < CONV_DIM) {
                 float4 w = window[unit][i];
@@ -85,14 +89,23 @@ struct LinearProjection : NormedFinish {
     }
 };
 
+// Asks for the conv windows that this block's LinearProjection will want: they are in memory, and a product is short.
+__device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
+    constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
+    if (layer >= LAYERS || is_full(layer)) return;
+    int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
+#pragma unroll 1
+    for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
+        if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));
+}
+
 struct FullProjection : NormedFinish {
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
-        int row = first + NormedPlace::row(*consumer);
-        if (NormedPlace::row(*consumer) >= count || row >= PROJECTED_FULL) return;
-        each_column<NormedPlace>(*consumer, [&](int i, int column) {
-            int n = pass * PASS_COLUMNS + column;
-            if (n < arguments->rows) arguments->projected[(long long)n * PROJECTED_STRIDE + row] = sum(i) * inverse[n];
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, row = first + local;
+            if (local < count && row < PROJECTED_FULL && n < arguments->rows)
+                arguments->projected[(long long)n * PROJECTED_STRIDE + row] = __fmul_rn(sum(i), inverse[n]);
         });
     }
 };
@@ -111,7 +124,7 @@ struct ResidualUpdate : Finish {
         int own = first - 8 * first_group(HIDDEN / 8, consumer->block), local = ResidualPlace::row(*consumer);
         bool valid = local < count;
         float scale = valid ? load_constant(weight + first + local) : 0.0f;
-        each_column<ResidualPlace>(*consumer, [&](int i, int column) {
+        each_element<ResidualPlace>(*consumer, [&](int i, int, int column) {
             int n = pass * PASS_COLUMNS + column;
             float x = 0;
             if (valid) {
@@ -144,9 +157,8 @@ struct ResidualUpdate : Finish {
 struct Activation : NormedFinish {
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
-        int local = NormedPlace::row(*consumer), channel = first / 2 + local / 8 * 4 + local % 4;
-        each_column<NormedPlace>(*consumer, [&](int i, int column) {
-            int n = pass * PASS_COLUMNS + column;
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, channel = first / 2 + local / 8 * 4 + local % 4;
             float y = __fmul_rn(sum(i), inverse[n]), up = __shfl_down_sync(0xFFFFFFFFu, y, NormedPlace::UP);
             if (local % 8 < 4 && local < count) *operand_place<INTERMEDIATE>(arguments->activated, n, channel) = to_16_bit(y * quick_sigmoid(y) * up);
         });
@@ -164,31 +176,29 @@ struct TokenScores : NormedFinish {
     }
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
-        int row = first + NormedPlace::row(*consumer);
-        if (NormedPlace::row(*consumer) >= count || row >= VOCAB) return;
-        each_column<NormedPlace>(*consumer, [&](int i, int column) {
-            int n = pass * PASS_COLUMNS + column;
-            if (n >= arguments->rows || !rows->kind[n]) return;
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, row = first + local;
             float logit = __fmul_rn(sum(i), inverse[n]);
             u32 key = ordered(logit);
+            if (local >= count || row >= VOCAB) return;
             if (rows->kind[n] == ROW_SAMPLED) {
                 const BatchRow& r = arguments->row_table[n];
                 if (r.logits) r.logits[row] = logit;
                 if (row < VOCABULARY_SIZE) key = score_row(r.sampling, logit, row);
             }
-            if (row < VOCABULARY_SIZE) best[i].offer(key, row);
+            if (row < VOCABULARY_SIZE) best[i / NormedPlace::ROWS].offer(key, row);
         });
     }
     __device__ __forceinline__ void end(int pass) {
-        each_column<NormedPlace>(*consumer, [&](int i, int column) {
+#pragma unroll
+        for (int i = 0; i < NormedPlace::COLUMNS; ++i) {
             Candidate b = best[i];
 #pragma unroll
             for (int offset = NormedPlace::FIRST_ROW_BIT; offset <= NormedPlace::LAST_ROW_BIT; offset *= 2)
                 b.offer(__shfl_xor_sync(0xFFFFFFFFu, b.key, offset), __shfl_xor_sync(0xFFFFFFFFu, b.id, offset));
-            int place = NormedPlace::candidate(*consumer);
+            int n = pass * PASS_COLUMNS + NormedPlace::column(*consumer, i), place = NormedPlace::candidate(*consumer);
             if ((consumer->lane & (2 * NormedPlace::LAST_ROW_BIT - NormedPlace::FIRST_ROW_BIT)) == 0)
-                store_relaxed64(arguments->candidates + ((pass * PASS_COLUMNS + column) * NormedPlace::CANDIDATES + place) * BLOCKS + consumer->block,
-                                (u64)b.key << 32 | (0xFFFFFFFFu - b.id));
-        });
+                store_relaxed64(arguments->candidates + (n * NormedPlace::CANDIDATES + place) * BLOCKS + consumer->block, (u64)b.key << 32 | (0xFFFFFFFFu - b.id));
+        }
     }
 };

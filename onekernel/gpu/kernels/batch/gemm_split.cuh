@@ -11,7 +11,7 @@
 constexpr int SHARING = 4;  // blocks
 constexpr bool SPLITS_PRODUCTS = COLUMN_GROUPS == 8 && BLOCKS % SHARING == 0 && LIMITS_FLIGHT;
 constexpr int SHARED_ROWS = 8 * ((SHARING * (HIDDEN / 8) + BLOCKS - 1) / BLOCKS);  // of four blocks, at most
-constexpr int WARP_GROUPS = COLUMN_GROUPS >= 4 ? COLUMN_GROUPS / 4 : 1;             // groups of columns of a warp
+constexpr int WARP_GROUPS = 2;                                                      // groups of columns of a warp
 constexpr int SHARING_WARPS = 2;                                                    // slices of a block
 
 struct SharedRows {
@@ -54,24 +54,18 @@ __device__ __forceinline__ void fill_pieces(Ring& ring, RingPosition at, const u
 
 // `count` tiles of this warp's slice, of up to four row groups, times tiles `first` and up of its operand.
 template <int HELD>
-__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[2][WARP_GROUPS][4], const uint4 (&x)[HELD][WARP_GROUPS], int first, int count, int groups, const Residence& residence) {
+__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[4][4], const SixteenColumns (&x)[HELD], int first, int count, int groups, const Residence& residence) {
     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
     const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp % SHARING_WARPS * count * 32 + c.lane;
-    int group = SHARING_WARPS * count * 32;
-    uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) {
         if (i >= count) break;
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
-            uint4 low = 2 * p < groups ? source[2 * p * group + i * 32] : none, high = 2 * p + 1 < groups ? source[(2 * p + 1) * group + i * 32] : none;
-            const u32 even[4] = {low.x, high.x, low.z, high.z}, odd[4] = {low.y, high.y, low.w, high.w};
-#pragma unroll
-            for (int g = 0; g < WARP_GROUPS; ++g) {
-                uint4 v = x[min(first + i, HELD - 1)][g];
-                multiply16(acc[p][g], even, v.x, v.z);
-                multiply16(acc[p][g], odd, v.y, v.w);
-            }
+        for (int g = 0; g < 4; ++g) {
+            uint4 w = source[min(g, groups - 1) * SHARING_WARPS * count * 32 + i * 32];  // what is not there is not stored
+            const SixteenColumns& columns = x[min(first + i, HELD - 1)];
+            multiply16(acc[g], columns[0], w.x, w.y);
+            multiply16(acc[g], columns[1], w.z, w.w);
         }
     }
     c.next.advance();
@@ -81,7 +75,7 @@ __device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[
 template <int MOST_WIDTH>
 __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArguments& a, const u8* input, int width) {
     constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32;
-    constexpr bool IN_REGISTERS = MOST * WARP_GROUPS <= MOST_OPERANDS;
+    constexpr bool IN_REGISTERS = MOST * 2 <= MOST_OPERANDS;
     constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
     int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
@@ -92,19 +86,19 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
         const u8* source = input + ((long long)(pass * COLUMN_GROUPS + column_group) * CONSUMER_WARPS + slice) * tiles * 512 + c.lane * 16;
-        uint4 x[HELD][WARP_GROUPS];
+        SixteenColumns x[HELD];
         auto load = [&](int first, int count) {
 #pragma unroll
-            for (int i = 0; i < HELD; ++i)
-#pragma unroll
-                for (int g = 0; g < WARP_GROUPS; ++g)
-                    x[i][g] = load_l2(source + ((long long)g * CONSUMER_WARPS * tiles + first + min(i, count - 1)) * 512);
+            for (int i = 0; i < HELD; ++i) {
+                const u8* at = source + (first + min(i, count - 1)) * 512;
+                put_columns(x[i], load_l2(at), load_l2(at + (long long)CONSUMER_WARPS * tiles * 512));
+            }
         };
         if (IN_REGISTERS) load(0, tiles);
 #pragma unroll 1
         for (int group = rows.first; group < rows.end; group += 4) {
             int groups = min(4, rows.end - group);
-            float acc[2][WARP_GROUPS][4] = {};
+            float acc[4][4] = {};
             if constexpr (IN_REGISTERS) {
 #pragma unroll
                 for (int at = 0; at < MOST; at += TILES_PER_STAGE)
@@ -117,12 +111,13 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
                     multiply_shared_stage(c, acc, x, 0, count, groups, residence);
                 }
             }
-            float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane % 4 * 2) * SHARED_ROWS + 8 * (group - rows.first) + c.lane / 4;
+            float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane / 4) * SHARED_ROWS + 8 * (group - rows.first) + c.lane % 4 * 2;
 #pragma unroll
-            for (int g = 0; g < WARP_GROUPS; ++g)
-#pragma unroll
-                for (int i = 0; i < 8; ++i)  // row group i / 2 of the four, column i % 2
-                    if (i / 2 < groups) to[(8 * g + i % 2) * SHARED_ROWS + 8 * (i / 2)] = acc[i / 4][g][i % 4];
+            for (int g = 0; g < 4; ++g) {
+                if (g >= groups) break;
+                *(float2*)(to + 8 * g) = make_float2(acc[g][0], acc[g][1]);
+                *(float2*)(to + 8 * SHARED_ROWS + 8 * g) = make_float2(acc[g][2], acc[g][3]);
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ constexpr int PASS_COLUMNS = 8 * COLUMN_GROUPS;
 constexpr int BATCH_COLUMNS = PASSES * PASS_COLUMNS;
 constexpr int SUM_STRIDE = PASS_COLUMNS + 1;
 constexpr int COLUMNS_A_THREAD = (PASS_COLUMNS + 15) / 16;  // that a thread finishes, in each pass
-constexpr int PROJECTED_STRIDE = (PROJECTED_MAX + 3) / 4 * 4;
+constexpr int PROJECTED_STRIDE = ((PROJECTED_LINEAR > PROJECTED_FULL ? PROJECTED_LINEAR : PROJECTED_FULL) + 3) / 4 * 4;
 constexpr int MIXED_COLUMNS = VALUE_DIM > QUERY_DIM ? VALUE_DIM : QUERY_DIM;
 static_assert(TILES_PER_STAGE == 4 && CONSUMER_WARPS == 8, "see gemm.cuh");
 

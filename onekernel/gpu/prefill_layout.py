@@ -17,6 +17,9 @@ STEP_COLUMNS = 64
 CHUNK = 64  # tokens of the delta rule that are solved together
 MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
 MOST_SPLITS = 8
+TOKEN_TILE = 176  # tokens that a block multiplies at a time
+NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
+LEAST_STAGES = 3
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
 CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
@@ -33,6 +36,7 @@ class PrefillLayout:
     decode: Layout  # of the kernel that the weights on the GPU are laid out for
     blocks: int
     token_tile: int
+    narrow: bool  # for few tokens: see gemm.cuh
     gemm_stages: int
     chunk_groups: int
     scan_columns: int
@@ -41,10 +45,15 @@ class PrefillLayout:
     attention_stages: int
 
     @classmethod
-    def plan(cls, decode: Layout, sm_count: int, shared_memory: int) -> PrefillLayout | None:
-        """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75)."""
+    def plan(cls, decode: Layout, sm_count: int, shared_memory: int, narrow: bool = False) -> PrefillLayout | None:
+        """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75).
+
+        Args:
+            narrow: for up to NARROW_TOKENS tokens, on sm_90a.
+        """
         room = shared_memory - SHARED_RESERVED
-        token_tile = next((n for n in (176, 128, 64, 32) if 2 * _stage(n) <= room), 0)
+        tiles = (64,) if narrow else (TOKEN_TILE, 128, 64, 32)
+        token_tile = next((n for n in tiles if _gemm_bytes(n, LEAST_STAGES, narrow) <= room), 0)
         columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
         groups, stages = next(
@@ -53,11 +62,13 @@ class PrefillLayout:
         )
         if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:
             return None
+        most = 16 if narrow else 6
         return cls(
             decode,
             blocks=sm_count,
             token_tile=token_tile,
-            gemm_stages=min(4, room // _stage(token_tile)),
+            narrow=narrow,
+            gemm_stages=max(n for n in range(LEAST_STAGES, most + 1) if _gemm_bytes(token_tile, n, narrow) <= room),
             chunk_groups=min(3, room // CHUNK_SCRATCH),
             scan_columns=columns,
             scan_stages=scan_stages,
@@ -77,6 +88,8 @@ class PrefillLayout:
     def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
         return self.decode.constants() | {
             "TOKEN_TILE": self.token_tile,
+            "NARROW_TILES": self.narrow,
+            "BLOCK_PAIRS": self.blocks % 2 == 0,
             "GEMM_STAGES": self.gemm_stages,
             "CHUNK_GROUPS": self.chunk_groups,
             "SCAN_COLUMNS": self.scan_columns,
@@ -91,7 +104,8 @@ class PrefillLayout:
 
     def splits(self, tokens: int, columns: int) -> int:
         """In how many parts the columns of a projection back to the hidden size are dealt, so that all blocks work."""
-        tiles = -(-self.shape.hidden // ROW_TILE) * -(-tokens // self.token_tile)
+        row_tile = ROW_TILE // 3 if self.narrow else ROW_TILE
+        tiles = -(-self.shape.hidden // row_tile) * -(-tokens // self.token_tile)
         steps = columns // STEP_COLUMNS
 
         def cost(splits: int) -> float:
@@ -100,6 +114,14 @@ class PrefillLayout:
             return waves * (-(-steps // splits) + 3.0)
 
         return min(range(1, MOST_SPLITS + 1), key=cost)
+
+    def plan_launch(self, tokens: int, position: int) -> dict[str, int]:
+        """How a chunk of `tokens` tokens behind `position` is cut: fields of PrefillArguments."""
+        s = self.shape
+        return {
+            "mixer_splits": self.splits(tokens, max(s.value_dim, s.query_dim)),
+            "mlp_splits": self.splits(tokens, s.intermediate),
+        }
 
     def scratch(self, tokens: int) -> dict[str, int]:
         """Bytes of each scratch array for chunks of up to `tokens` tokens."""
@@ -121,7 +143,7 @@ class PrefillLayout:
             "output": 2 * tokens * s.value_dim,
             "mixed": 2 * padded * max(s.value_dim, s.query_dim),
             "activated": 2 * padded * s.intermediate,
-            "partials": 4 * partial_rows * s.hidden,
+            "partials": 2 * partial_rows * s.hidden,
         }
 
 
@@ -136,25 +158,27 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
 
 
 def wgmma_source(tokens: int) -> str:
-    """`wgmma_tokens`: 64 rows of weights times 16 columns times `tokens`, all from shared memory."""
+    """`wgmma_tokens`: 64 rows of weights (in registers) times 16 columns times `tokens` (in shared memory)."""
     count = tokens // 2  # accumulators of a thread
     outputs = ", ".join(f"%{i}" for i in range(count))
+    weights = ", ".join(f"%{count + i}" for i in range(4))
     operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-using u64 = unsigned long long;
-__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], u64 weights, u64 tokens) {{
+__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], unsigned a, unsigned b, unsigned c,
+                                             unsigned d, unsigned long long tokens) {{
     asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
-                 "{{{outputs}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;}}"
+                 "{{{outputs}}}, {{{weights}}}, %{count + 4}, p, 1, 1, 0;}}"
                  : {operands}
-                 : "l"(weights), "l"(tokens));
+                 : "r"(a), "r"(b), "r"(c), "r"(d), "l"(tokens));
 }}
 #endif
 """
 
 
-def _stage(token_tile: int) -> int:
-    return (ROW_TILE + token_tile) * STEP_COLUMNS * 2
+def _gemm_bytes(token_tile: int, stages: int, narrow: bool) -> int:
+    sums = 2 * token_tile // 8 * 2048 if narrow else 0
+    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + 3 * 8192 + sums
 
 
 class PrefillArguments(ctypes.Structure):
@@ -177,7 +201,7 @@ class PrefillArguments(ctypes.Structure):
         ("unsigned short*", "output"),  # [tokens, VALUE_DIM] of the delta rule, fp16
         ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM], as input_place says
         ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE], as input_place says
-        ("float*", "partials"),  # [splits, tokens, HIDDEN]
+        ("unsigned short*", "partials"),  # [splits, tokens, HIDDEN]
         ("float*", "logits"),  # [logits_count, VOCAB], or null
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned long long*", "times"),  # [phases + 1] end of each phase in nanoseconds, or null

@@ -63,8 +63,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
 #pragma unroll 2
         for (int row = 0; row < 16; ++row) {
             u32 at = base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + row, lane / 2) + lane % 2 * 8;
-            uint2 v;
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+            uint2 v = load_shared2(at);
             float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y)), y;
             y.x = quick_silu(taps[0].x * x[0].x + taps[0].y * x[1].x + taps[0].z * x[2].x + taps[0].w * now.x);
             y.y = quick_silu(taps[1].x * x[0].y + taps[1].y * x[1].y + taps[1].z * x[2].y + taps[1].w * now.y);
@@ -73,7 +72,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
             float scale = part == 1 ? 1.0f : rsqrtf(warp_sum(y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w) + 1e-6f);
             bool valid = row < rows_left;  // padding is zero: it leaves the state alone
             u32 low = valid ? pack_half2(y.x * scale, y.y * scale) : 0, high = valid ? pack_half2(y.z * scale, y.w * scale) : 0;
-            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(low), "r"(high) : "memory");
+            store_shared2(at, low, high);
             x[0] = x[1], x[1] = x[2], x[2] = now;
         }
     }
@@ -229,11 +228,7 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
     for (int i = 0; i < 16; ++i) {
         bool is_key = i >= 8;
         int row = 16 * warp + 2 * (i % 8) + lane / 16;
-        uint4 v;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk))
-                     : "memory");
+        uint4 v = load_shared4(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk));
         float f = quick_exp(is_key ? end - s.total[row] : s.total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
         *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + row * HEAD_ROW + 16 * chunk) =

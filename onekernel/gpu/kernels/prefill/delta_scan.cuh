@@ -30,8 +30,6 @@ __device__ __forceinline__ void load_scan_stage(const u8* item, u32 stage) {
         copy_async16(stage + SCAN_SCORES + swizzled<CHUNK * 2>(i / 8, i % 8), item + ITEM_SCORES + 16 * i);
 }
 
-__device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
-
 __device__ __forceinline__ void scan_head(const PrefillArguments& a, const LinearLayer& layer, int head, int first_column, u32 shared) {
     constexpr int STATE_FRAGMENTS = SCAN_COLUMNS / 8;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = (a.tokens + CHUNK - 1) / CHUNK;

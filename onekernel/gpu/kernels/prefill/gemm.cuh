@@ -1,155 +1,280 @@
 // Weights times activations: y[token, row] = sum over columns of W[row, column] x[token, column].
 //
-// A block makes tiles of ROW_TILE rows x TOKEN_TILE tokens. The weights come from the decode kernel's tape, tile by
-// tile, the activations from tiles that stand ready (input_place); both go through a ring of GEMM_STAGES stages of 64
-// columns in shared memory. Warp w accumulates rows 16 w to 16 w + 15 for all tokens of the tile, by wgmma on sm_90a
-// (four warps together) and by mma.sync elsewhere: same operands in shared memory, same accumulators.
+// A block makes tiles of ROW_TILE rows x TOKEN_TILE tokens. Warp w has 16 rows of a tile; their weights go straight from
+// the decode kernel's tape to its registers: what a lane finds there (row l / 4, columns 8 (l % 4) and the next seven) is
+// an operand of the tensor cores if the tokens' columns stand in the order of `input_place`. The tokens go through a ring
+// in shared memory, one copy a step of 64 columns; on sm_90a the two blocks of a cluster have the same tokens, and each
+// fetches half of them for both.
+//
+// NARROW, for few tokens: a tile has 64 rows, and three groups of four warps take its steps in turn.
 #pragma once
 
 #include "prefill/model.cuh"
+#include "primitive/bulk.cuh"
+#include "primitive/wgmma.cuh"
 
-constexpr int ROW_TILE = PREFILL_WARPS * 16;
-constexpr int GEMM_STAGE = (ROW_TILE + TOKEN_TILE) * STEP_BYTES;
 constexpr int TOKEN_FRAGMENTS = TOKEN_TILE / 8;
-static_assert(TOKEN_TILE % 16 == 0, "mma.sync takes the tokens' fragments in pairs");
-
-// Loads run this many steps ahead. wgmma is still reading the stage before when the next is issued.
-constexpr int STEPS_AHEAD = WGMMA ? GEMM_STAGES - 2 : GEMM_STAGES - 1;
+constexpr int ROW_GROUPS = PREFILL_WARPS / 4;  // groups of four warps: a group has 64 rows
+constexpr int ROW_TILE = NARROW ? 64 : 64 * ROW_GROUPS;
+constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
+constexpr int STORE_TOKENS = 64;                           // that a group hands to memory at a time
+constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
+constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
+constexpr int GEMM_BYTES = GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+static_assert(TOKEN_TILE % 16 == 0, "fragments of tokens go in pairs");
 
 using TokenFragments = float[TOKEN_FRAGMENTS][4];
 
+// Four times 16 bytes of the lane: rows l / 4 and l / 4 + 8 of this warp, of both column tiles of a step.
+struct StepWeights {
+    uint4 low[2], high[2];
+};
+
+// Where this lane's weights of a tile stand.
 template <int ROWS, int COLUMNS>
-struct TileLoader {
-    static constexpr int GROUPS_A_WARP = ROW_TILE / 8 / (PREFILL_WARPS / 2);  // a warp copies one of the two column tiles
-    const u8* groups[GROUPS_A_WARP];
-    const u8* tokens;
-    u32 to_weights, to_tokens;
+struct WeightPlace {
+    const u8 *low, *high;
 
-    __device__ __forceinline__ TileLoader(const PrefillArguments& a, u32 shared, int matrix, const u16* input, int row_tile, int token_tile) {
-        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < GROUPS_A_WARP; ++i) groups[i] = group_place<ROWS, COLUMNS>(a, matrix, row_tile * (ROW_TILE / 8) + warp / 2 + 6 * i) + lane * 16;
-        to_weights = shared + swizzled<STEP_BYTES>(warp / 2 * 8 + lane / 4, warp % 2 * 4 + lane % 4);
-        tokens = (const u8*)input + (long long)token_tile * (COLUMNS / STEP_COLUMNS) * TOKENS_BYTES;
-        to_tokens = shared + ROW_TILE * STEP_BYTES;
+    __device__ __forceinline__ WeightPlace(const PrefillArguments& a, int matrix, int row_tile) {
+        int group = row_tile * (ROW_TILE / 8) + (NARROW ? threadIdx.x / 32 % 4 : threadIdx.x / 32) * 2;
+        low = group_place<ROWS, COLUMNS>(a, matrix, group) + threadIdx.x % 32 * 16;
+        high = group_place<ROWS, COLUMNS>(a, matrix, group + 1) + threadIdx.x % 32 * 16;
     }
-
-    __device__ __forceinline__ void load(int step, u32 slot) const {
-        int tile = tile_offset<COLUMNS>(2 * step + threadIdx.x / 32 % 2);
-#pragma unroll
-        for (int i = 0; i < GROUPS_A_WARP; ++i) copy_async16(to_weights + slot * GEMM_STAGE + i * 6 * 8 * STEP_BYTES, groups[i] + tile);
-#pragma unroll
-        for (int i = 0; i < TOKENS_BYTES; i += PREFILL_THREADS * 16) {
-            int at = i + threadIdx.x * 16;
-            if (at < TOKENS_BYTES) copy_async16(to_tokens + slot * GEMM_STAGE + at, tokens + (long long)step * TOKENS_BYTES + at);
-        }
+    __device__ __forceinline__ void load(StepWeights& w, int step) const {
+        int first = tile_offset<COLUMNS>(2 * step);
+        int second = COLUMNS / CONSUMER_WARPS / 32 % 2 ? tile_offset<COLUMNS>(2 * step + 1) : first + 512;
+        w.low[0] = __ldg((const uint4*)(low + first)), w.high[0] = __ldg((const uint4*)(high + first));
+        w.low[1] = __ldg((const uint4*)(low + second)), w.high[1] = __ldg((const uint4*)(high + second));
     }
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// K-major operand with the 128-byte swizzle: 8 rows are 1,024 bytes.
-__device__ __forceinline__ u64 operand(u32 shared) { return (u64)(shared >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
-
-__device__ __forceinline__ void multiply_step(TokenFragments& acc, u32 stage) {
-    u64 weights = operand(stage + threadIdx.x / 128 * 64 * STEP_BYTES), tokens = operand(stage + ROW_TILE * STEP_BYTES);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-    for (int k = 0; k < STEP_COLUMNS / 16; ++k) wgmma_tokens(acc, weights + 2 * k, tokens + 2 * k);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING>
-__device__ __forceinline__ void multiply_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
 // Keeps the compiler from moving uses of the accumulators across a wait: it does not know that they change meanwhile.
 __device__ __forceinline__ void hold(TokenFragments& acc) {
 #pragma unroll
-    for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
-        asm volatile("" : "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])::"memory");
+    for (int j = 0; j < TOKEN_FRAGMENTS; ++j) hold4(acc[j]);
 }
-// What threads copied is read by the tensor cores through the asynchronous proxy.
-__device__ __forceinline__ void publish_stage() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ __forceinline__ void multiply_step(TokenFragments& acc, const StepWeights& w, u32 stage) {
+    u64 tokens = wgmma_operand(stage);
+    hold(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        wgmma_tokens(acc, w.low[half].x, w.high[half].x, w.low[half].y, w.high[half].y, tokens + 4 * half);
+        wgmma_tokens(acc, w.low[half].z, w.high[half].z, w.low[half].w, w.high[half].w, tokens + 4 * half + 2);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(acc);
+}
 
 #else
 
-__device__ __forceinline__ void multiply_step(TokenFragments& acc, u32 stage) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void multiply_step(TokenFragments& acc, const StepWeights& w, u32 stage) {
+    int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < STEP_COLUMNS / 16; ++k) {
-        u32 weights[4];
-        load_matrix(weights, stage + swizzled<STEP_BYTES>(warp * 16 + lane % 16, 2 * k + lane / 16));
+        uint4 low = w.low[k / 2], high = w.high[k / 2];
+        u32 weights[4] = {k % 2 ? low.z : low.x, k % 2 ? high.z : high.x, k % 2 ? low.w : low.y, k % 2 ? high.w : high.y};
 #pragma unroll
         for (int j = 0; j < TOKEN_FRAGMENTS; j += 2) {
             u32 tokens[4];
-            load_matrix(tokens, stage + swizzled<STEP_BYTES>(ROW_TILE + 8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+            load_matrix(tokens, stage + swizzled<STEP_BYTES>(8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
             multiply16(acc[j], weights, tokens[0], tokens[1]);
             multiply16(acc[j + 1], weights, tokens[2], tokens[3]);
         }
     }
 }
-template <int PENDING>
-__device__ __forceinline__ void multiply_wait() {}
-__device__ __forceinline__ void hold(TokenFragments&) {}
-__device__ __forceinline__ void publish_stage() {}
 
 #endif
 
-// Calls finish(first row of this warp, first token, split, accumulators) for each tile. With `splits` > 1 the columns
-// are dealt to that many blocks, and their sums come out apart.
+// The ring of tokens, through all products of a launch.
+struct TokenRing {
+    u32 shared;    // address of the stages
+    u32 barriers;  // address of GEMM_STAGES barriers "full" and as many "free" (sm_90a)
+    u32 filled;    // steps so far that were asked for
+    u32 used;      // steps so far that were multiplied
+
+    __device__ __forceinline__ u32 stage(u32 step) const { return shared + step % GEMM_STAGES * TOKENS_BYTES; }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __device__ __forceinline__ u32 full(u32 step) const { return barriers + step % GEMM_STAGES * 8; }
+    __device__ __forceinline__ u32 free(u32 step) const { return full(step) + GEMM_STAGES * 8; }
+
+    // By all threads, before anything else.
+    __device__ __forceinline__ void init() {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < GEMM_STAGES; ++i) {
+                barrier_init(full(i), 1);
+                barrier_init(free(i), NARROW ? CLUSTER : ROW_GROUPS * CLUSTER);
+            }
+            barrier_init_fence();
+        }
+        cluster_barrier();
+    }
+    // The other block may still be about to arrive here.
+    __device__ __forceinline__ void close() const { cluster_barrier(); }
+    // By thread 0.
+    __device__ __forceinline__ void fill(const u8* from) {
+        if (filled >= GEMM_STAGES) barrier_wait_cluster(free(filled), filled / GEMM_STAGES - 1 & 1);
+        barrier_expect(full(filled), TOKENS_BYTES);
+        u32 part = cluster_rank() * (TOKENS_BYTES / CLUSTER);
+        if (CLUSTER == 2)
+            bulk_load_pair(stage(filled) + part, from + part, TOKENS_BYTES / CLUSTER, full(filled));
+        else
+            bulk_load(stage(filled), from, TOKENS_BYTES, full(filled));
+    }
+    __device__ __forceinline__ void await(u32 step) const { barrier_wait(full(step), step / GEMM_STAGES & 1); }
+    // By all warps that read the step.
+    __device__ __forceinline__ void release(u32 step) const {
+        if (threadIdx.x % 128 == 0) {
+#pragma unroll
+            for (int rank = 0; rank < CLUSTER; ++rank) CLUSTER == 1 ? barrier_arrive(free(step)) : barrier_arrive_at(free(step), rank);
+        }
+    }
+#else
+    __device__ __forceinline__ void init() {}
+    __device__ __forceinline__ void close() const {}
+    // By all threads.
+    __device__ __forceinline__ void fill(const u8* from) {
+#pragma unroll 2
+        for (int at = threadIdx.x * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(filled) + at, from + at);
+    }
+#endif
+};
+
+// Asks for one step after the other, across the borders of tiles.
+template <int ROWS, int COLUMNS>
+struct Schedule {
+    static constexpr int ROW_TILES = (ROWS + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER), STEPS = COLUMNS / STEP_COLUMNS;
+    int token_tiles, splits, item, step, end, items;
+
+    __device__ __forceinline__ Schedule(int tokens, int splits_) {
+        token_tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE, splits = splits_;
+        items = ROW_TILES * token_tiles * splits;
+        item = blockIdx.x / CLUSTER;
+        enter();
+    }
+    __device__ __forceinline__ bool over() const { return item >= items; }
+    __device__ __forceinline__ int token_tile() const { return item % token_tiles; }
+    __device__ __forceinline__ int row_tile() const { return item / token_tiles % ROW_TILES * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0); }
+    __device__ __forceinline__ int split() const { return item / token_tiles / ROW_TILES; }
+    __device__ __forceinline__ void enter() { step = STEPS * split() / splits, end = STEPS * (split() + 1) / splits; }
+    __device__ __forceinline__ void next_tile() {
+        item += gridDim.x / CLUSTER;
+        enter();
+    }
+};
+
+// Calls finish(first row of this group of warps, first token, split, accumulators, shared memory of STORE_BYTES) for each
+// tile. With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
 template <int ROWS, int COLUMNS, class Finish>
-__device__ __forceinline__ void gemm(const PrefillArguments& a, u32 shared, int matrix, const u16* input, int tokens, int splits, const Finish& finish) {
-    constexpr int ROW_TILES = (ROWS + ROW_TILE - 1) / ROW_TILE, STEPS = COLUMNS / STEP_COLUMNS;
-    int token_tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE;
+__device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring, int matrix, const u16* input, int tokens, int splits, const Finish& finish) {
+    constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;  // of the steps that a group takes
+    int group = threadIdx.x / 128, first = NARROW ? group : 0;
+    Schedule<ROWS, COLUMNS> asked(tokens, splits), tile(tokens, splits);
+    u32 store = ring.shared + GEMM_RING + group * STORE_BYTES;
+    auto ask = [&] {  // for one more step of the ring
+        if (asked.over()) return;
+        const u8* from = (const u8*)input + ((long long)asked.token_tile() * (COLUMNS / STEP_COLUMNS) + asked.step) * TOKENS_BYTES;
+        if (!WGMMA || threadIdx.x == 0) ring.fill(from);
+        if (WGMMA) __syncwarp();
+        ++ring.filled;
+        if (++asked.step == asked.end) asked.next_tile();
+    };
+    if (WGMMA) fence_async();
+    __syncthreads();  // what other phases did with this memory is done
+    bool asks = !WGMMA || threadIdx.x < 32;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < ROW_TILES * token_tiles * splits; item += gridDim.x) {
-        int token_tile = item % token_tiles, row_tile = item / token_tiles % ROW_TILES, split = item / token_tiles / ROW_TILES;
-        int first = STEPS * split / splits, steps = STEPS * (split + 1) / splits - first;
-        TileLoader<ROWS, COLUMNS> loader(a, shared, matrix, input, row_tile, token_tile);
+    for (int i = 0; i < GEMM_STAGES - (NARROW ? 5 : 2); ++i) {
+        if (asks) ask();
+        copy_commit();
+    }
+    StepWeights next;
+    if (!tile.over() && tile.step + first < tile.end) WeightPlace<ROWS, COLUMNS>(a, matrix, tile.row_tile()).load(next, tile.step + first);
+#pragma unroll 1
+    while (!tile.over()) {
+        WeightPlace<ROWS, COLUMNS> place(a, matrix, tile.row_tile());
         TokenFragments acc;
 #pragma unroll
         for (int j = 0; j < TOKEN_FRAGMENTS; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
-        __syncthreads();  // the stages of the tile before are read
 #pragma unroll 1
-        for (int i = 0; i < STEPS_AHEAD; ++i) {
-            if (i < steps) loader.load(first + i, i);
-            copy_commit();
-        }
-        hold(acc);
-        int slot = 0;
+        for (int step = tile.step + first; step < tile.end; step += STRIDE) {
+            StepWeights weights = next;
+            if (step + STRIDE < tile.end) place.load(next, step + STRIDE);
+            u32 at = ring.used + (step - tile.step);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+            if (asks)
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            copy_wait<STEPS_AHEAD - 1>();
-            publish_stage();
-            multiply_wait<1>();  // the stage that is filled next is read
+                for (int i = 0; i < STRIDE && step + i < tile.end; ++i) ask();
+            ring.await(at);
+            multiply_step(acc, weights, ring.stage(at));
+            ring.release(at);
+#else
+            copy_wait<GEMM_STAGES - 3>();
             __syncthreads();
-            int ahead = slot + STEPS_AHEAD < GEMM_STAGES ? slot + STEPS_AHEAD : slot + STEPS_AHEAD - GEMM_STAGES;
-            if (step + STEPS_AHEAD < steps) loader.load(first + step + STEPS_AHEAD, ahead);
+            ask();
             copy_commit();
-            multiply_step(acc, shared + slot * GEMM_STAGE);
-            slot = slot + 1 < GEMM_STAGES ? slot + 1 : 0;
+            multiply_step(acc, weights, ring.stage(at));
+#endif
         }
-        hold(acc);
-        multiply_wait<0>();
-        hold(acc);
-        finish(row_tile * ROW_TILE + threadIdx.x / 32 * 16, token_tile * TOKEN_TILE, split, acc);
+        int row_tile = tile.row_tile(), token_tile = tile.token_tile(), split = tile.split();
+        ring.used += tile.end - tile.step;
+        tile.next_tile();
+        if (!tile.over() && tile.step + first < tile.end) WeightPlace<ROWS, COLUMNS>(a, matrix, tile.row_tile()).load(next, tile.step + first);
+        if (NARROW) {
+            u32 sums = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + threadIdx.x % 128 * 16;
+            __syncthreads();  // the sums of the tile before are read
+            if (group)
+#pragma unroll
+                for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
+                    store_shared4(sums + ((group - 1) * TOKEN_FRAGMENTS + j) * 2048,
+                                  make_uint4(__float_as_uint(acc[j][0]), __float_as_uint(acc[j][1]), __float_as_uint(acc[j][2]), __float_as_uint(acc[j][3])));
+            __syncthreads();
+            if (group) continue;
+#pragma unroll
+            for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
+#pragma unroll
+                for (int g = 0; g < ROW_GROUPS - 1; ++g) {
+                    uint4 v = load_shared4(sums + (g * TOKEN_FRAGMENTS + j) * 2048);
+                    acc[j][0] += __uint_as_float(v.x), acc[j][1] += __uint_as_float(v.y), acc[j][2] += __uint_as_float(v.z), acc[j][3] += __uint_as_float(v.w);
+                }
+            finish(row_tile * ROW_TILE, token_tile * TOKEN_TILE, split, acc, store);
+        } else {
+            finish(row_tile * ROW_TILE + group * 64, token_tile * TOKEN_TILE, split, acc, store);
+        }
     }
+    copy_wait<0>();
 }
 
 // ---- finishes: what becomes of the accumulators ----
-// Fragment j of a warp: rows l / 4 and l / 4 + 8, tokens 8 j + 2 (l % 4) and the next.
+// Fragment j of a warp: rows l / 4 and l / 4 + 8 of its 16, tokens 8 j + 2 (l % 4) and the next.
 
-// All addresses of a finish are one pointer and constants: its code is long enough, and runs once a layer.
-
-// Rows as 16-bit numbers in rows of STRIDE numbers a token.
+// A group's 64 rows as 16-bit numbers, in rows of STRIDE numbers a token: through shared memory, so that 128 bytes of a
+// token leave together.
 template <int STRIDE>
-__device__ __forceinline__ void store_rows(u16* out, int row, int token, int tokens, const TokenFragments& acc) {
-    int lane = threadIdx.x % 32, left = tokens - token - lane / 4;
-    u16* at = out + (long long)(token + lane / 4) * STRIDE + row + 2 * (lane % 4);
+__device__ __forceinline__ void store_rows(u16* out, int row, int token, int tokens, const TokenFragments& acc, u32 buffer) {
+    int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
+    u32 to = buffer + (lane / 16 * 8 + lane % 8) * 128 + (((2 * warp + lane / 8 % 2) ^ (lane % 8)) << 4);
+    u32 from = buffer + thread / 8 * 128 + (((thread ^ thread / 8) % 8) << 4);
+    int left = tokens - token - thread / 8;
+    u16* at = out + (long long)(token + thread / 8) * STRIDE + row + thread % 8 * 8;
 #pragma unroll
-    for (int j = 0; j < TOKEN_FRAGMENTS; ++j) {
-        u32 low = transpose8(pack2(acc[j][0], acc[j][1])), high = transpose8(pack2(acc[j][2], acc[j][3]));
-        if (8 * j < left) *(u32*)(at + 8 * j * STRIDE) = low, *(u32*)(at + 8 * j * STRIDE + 8) = high;
+    for (int first = 0; first < TOKEN_TILE; first += STORE_TOKENS) {
+        group_barrier(1 + group, 128);  // the buffer is read
+#pragma unroll
+        for (int q = 0; q < STORE_TOKENS / 16; ++q) {
+            int j = first / 8 + 2 * q;
+            if (j < TOKEN_FRAGMENTS)
+                store_matrix_transposed(to + q * 2048, pack2(acc[j][0], acc[j][1]), pack2(acc[j][2], acc[j][3]), pack2(acc[j + 1][0], acc[j + 1][1]),
+                                        pack2(acc[j + 1][2], acc[j + 1][3]));
+        }
+        group_barrier(1 + group, 128);
+#pragma unroll
+        for (int i = 0; i < STORE_TOKENS; i += 16)
+            if (first + i < TOKEN_TILE && first + i < left) *(uint4*)(at + (long long)(first + i) * STRIDE) = load_shared4(from + i * 128);
     }
 }
 
@@ -157,7 +282,7 @@ __device__ __forceinline__ void store_rows(u16* out, int row, int token, int tok
 template <int STRIDE>
 __device__ __forceinline__ void store_floats(float* out, int row, int token, int tokens, const TokenFragments& acc) {
     int lane = threadIdx.x % 32, left = tokens - token - 2 * (lane % 4);
-    float* at = out + (long long)(token + 2 * (lane % 4)) * STRIDE + row + lane / 4;
+    float* at = out + (long long)(token + 2 * (lane % 4)) * STRIDE + row + threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
     for (int j = 0; j < TOKEN_FRAGMENTS; ++j) {
         if (8 * j < left) at[8 * j * STRIDE] = acc[j][0], at[8 * j * STRIDE + 8] = acc[j][2];
@@ -169,47 +294,68 @@ struct LinearProjection {
     u16* projected;  // [tokens, LINEAR_STRIDE]
     float* gates;    // [tokens, GATE_STRIDE]
     int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc) const {
+    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc, u32 buffer) const {
+        static_assert(LINEAR_STRIDE % 64 == 0, "a group's rows are of one kind");
         if (row < LINEAR_STRIDE)
-            store_rows<LINEAR_STRIDE>(projected, row, token, tokens, acc);
-        else if (row < LINEAR_STRIDE + GATE_STRIDE)
+            store_rows<LINEAR_STRIDE>(projected, row, token, tokens, acc, buffer);
+        else if (row - LINEAR_STRIDE + threadIdx.x % 128 / 32 * 16 < GATE_STRIDE)
             store_floats<GATE_STRIDE>(gates, row - LINEAR_STRIDE, token, tokens, acc);
     }
 };
 
-struct FullProjection {
-    u16* projected;  // [tokens, FULL_STRIDE]
+template <int STRIDE>
+struct Rows {
+    u16* out;  // [splits, tokens, STRIDE]
     int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc) const {
-        if (row < FULL_STRIDE) store_rows<FULL_STRIDE>(projected, row, token, tokens, acc);
+    __device__ __forceinline__ void operator()(int row, int token, int split, const TokenFragments& acc, u32 buffer) const {
+        static_assert(STRIDE % 64 == 0, "all rows of a group or none");
+        if (row < STRIDE) store_rows<STRIDE>(out + (long long)split * tokens * STRIDE, row, token, tokens, acc, buffer);
     }
 };
 
-// silu(gate) * up: of each 8 rows, 4 are of gate_proj and 4 the same of up_proj.
+// silu(gate) * up: of each 8 rows, 4 are of gate_proj and 4 the same of up_proj. 64 rows make 32 columns of a step: the
+// words of their chunks change places as input_place says.
 struct Activation {
     u16* activated;  // input_place of [tokens, INTERMEDIATE]
     int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc) const {
-        int lane = threadIdx.x % 32, left = tokens - token - lane / 4;
-        bool upper = lane >= 16;  // holds rows of up_proj, and finishes the second group of 8
+    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc, u32 buffer) const {
+        static_assert(INTERMEDIATE % 32 == 0, "all rows of a group or none");
         if (row >= 2 * INTERMEDIATE) return;
-        u16* at = input_place<INTERMEDIATE>(activated, token + lane / 4, row / 2 + 2 * (lane % 4));
+        int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
+        bool upper = lane >= 16;  // holds rows of up_proj, and finishes the second group of 8
+        u32 to = buffer + lane * 64 + ((warp ^ lane / 2 % 4) << 4);
+        int own = thread / 4, word = thread % 4;  // token, and the word of each chunk
 #pragma unroll
-        for (int j = 0; j < TOKEN_FRAGMENTS; ++j) {
-            const float(&f)[4] = acc[j];
-            float x = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[0] : f[2], 16), y = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[1] : f[3], 16);
-            float first = quick_silu(upper ? x : f[0]) * (upper ? f[2] : x), second = quick_silu(upper ? y : f[1]) * (upper ? f[3] : y);
-            u32 pair = transpose8(pack2(first, second));
-            if (8 * j < left) *(u32*)(at + 8 * j * STEP_COLUMNS) = pair;
+        for (int first = 0; first < TOKEN_TILE; first += STORE_TOKENS) {
+            u32 pairs[STORE_TOKENS / 8] = {};
+#pragma unroll
+            for (int q = 0; q < STORE_TOKENS / 8; ++q) {
+                if (first / 8 + q >= TOKEN_FRAGMENTS) continue;
+                const float(&f)[4] = acc[first / 8 + q];
+                float x = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[0] : f[2], 16), y = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[1] : f[3], 16);
+                pairs[q] = pack2(quick_silu(upper ? x : f[0]) * (upper ? f[2] : x), quick_silu(upper ? y : f[1]) * (upper ? f[3] : y));
+            }
+            group_barrier(1 + group, 128);  // the buffer is read
+            store_matrix_transposed(to, pairs[0], pairs[1], pairs[2], pairs[3]);
+            if (first + 32 < TOKEN_TILE) store_matrix_transposed(to + 32 * 64, pairs[4], pairs[5], pairs[6], pairs[7]);
+            group_barrier(1 + group, 128);
+#pragma unroll
+            for (int i = 0; i < STORE_TOKENS; i += 32) {
+                int t = first + i + own;
+                if (t >= TOKEN_TILE || token + t >= tokens) continue;
+                u32 from = buffer + (i + own) * 64 + 4 * word, turn = own / 2 % 4 << 4;
+                *(uint4*)input_place<INTERMEDIATE>(activated, token + t, row / 2 + 2 * word) =
+                    make_uint4(load_shared(from + (turn ^ 0)), load_shared(from + (turn ^ 16)), load_shared(from + (turn ^ 32)), load_shared(from + (turn ^ 48)));
+            }
         }
     }
 };
 
 template <int STRIDE>
 struct FloatRows {
-    float* out;  // [splits, tokens, STRIDE]
+    float* out;  // [tokens, STRIDE]
     int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int split, const TokenFragments& acc) const {
-        if (row < STRIDE) store_floats<STRIDE>(out + (long long)split * tokens * STRIDE, row, token, tokens, acc);
+    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc, u32) const {
+        if (row + threadIdx.x % 128 / 32 * 16 < STRIDE) store_floats<STRIDE>(out, row, token, tokens, acc);
     }
 };

@@ -23,13 +23,28 @@ constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a tim
 constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
 constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
 
-// The place of a column of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x 64 columns, each as it
-// stands in shared memory, so that one copy brings it there.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int CLUSTER = BLOCK_PAIRS ? 2 : 1;
+constexpr bool NARROW = NARROW_TILES;
+#else
+constexpr int CLUSTER = 1;
+constexpr bool NARROW = false;
+#endif
+
+// The place of an even column, and the next one, of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x
+// 64 columns, each as it stands in shared memory, so that one copy brings it there. Of 32 columns, pair w of each 8 stand
+// together: the weights of a tape tile are then an operand of the tensor cores as they are (gemm.cuh).
 template <int COLUMNS>
 __device__ __forceinline__ u16* input_place(u16* input, int token, int column) {
     u32 tile = (u32)token / TOKEN_TILE, row = (u32)token % TOKEN_TILE;
     u8* at = (u8*)input + (long long)(tile * (COLUMNS / STEP_COLUMNS) + column / STEP_COLUMNS) * TOKENS_BYTES;
-    return (u16*)(at + swizzled<STEP_BYTES>(row, column % STEP_COLUMNS / 8)) + column % 8;
+    return (u16*)(at + swizzled<STEP_BYTES>(row, column % STEP_COLUMNS / 32 * 4 + column % 8 / 2) + column % 32 / 8 * 4);
+}
+// Columns `column` (a multiple of 4) to column + 3.
+template <int COLUMNS>
+__device__ __forceinline__ void store_input(u16* input, int token, int column, u32 first, u32 second) {
+    *(u32*)input_place<COLUMNS>(input, token, column) = first;
+    *(u32*)input_place<COLUMNS>(input, token, column + 2) = second;
 }
 
 // With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
@@ -64,7 +79,7 @@ __device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int m
     for (int block = blockIdx.x; block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
         int bytes = (first_group(GROUPS, block + 1) - first_group(GROUPS, block)) * COLUMNS * 16;
-        for (int at = threadIdx.x * 128; at < bytes; at += PREFILL_THREADS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(share + at));
+        for (int at = threadIdx.x * 128; at < bytes; at += PREFILL_THREADS * 128) prefetch_l2(share + at);
     }
 }
 

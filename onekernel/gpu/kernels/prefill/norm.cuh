@@ -38,8 +38,7 @@ __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, 
 #pragma unroll
     for (int i = 0; i < ROW_VECTORS; ++i) {
         float4 w = load_constant4(weight + row_column(i));
-        *(uint2*)input_place<HIDDEN>(a.input, token, row_column(i)) =
-            make_uint2(pack2(x[i].x * scale * w.x, x[i].y * scale * w.y), pack2(x[i].z * scale * w.z, x[i].w * scale * w.w));
+        store_input<HIDDEN>(a.input, token, row_column(i), pack2(x[i].x * scale * w.x, x[i].y * scale * w.y), pack2(x[i].z * scale * w.z, x[i].w * scale * w.w));
     }
 }
 
@@ -64,18 +63,18 @@ __device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int
         for (int i = 0; i < ROW_VECTORS; ++i) x[i] = *(const float4*)(a.residual + (long long)t * HIDDEN + row_column(i));
 #pragma unroll 1
         for (int first = 0; first < splits; first += PARTS_AT_ONCE) {
-            float4 parts[PARTS_AT_ONCE][ROW_VECTORS];
+            uint2 parts[PARTS_AT_ONCE][ROW_VECTORS];
 #pragma unroll
             for (int s = 0; s < PARTS_AT_ONCE; ++s)
 #pragma unroll
                 for (int i = 0; i < ROW_VECTORS; ++i)
-                    parts[s][i] = first + s < splits ? *(const float4*)(a.partials + ((long long)(first + s) * a.tokens + t) * HIDDEN + row_column(i))
-                                                     : make_float4(0, 0, 0, 0);
+                    parts[s][i] = first + s < splits ? *(const uint2*)(a.partials + ((long long)(first + s) * a.tokens + t) * HIDDEN + row_column(i))
+                                                     : make_uint2(0, 0);
 #pragma unroll
             for (int s = 0; s < PARTS_AT_ONCE; ++s)
 #pragma unroll
                 for (int i = 0; i < ROW_VECTORS; ++i)
-                    x[i].x += parts[s][i].x, x[i].y += parts[s][i].y, x[i].z += parts[s][i].z, x[i].w += parts[s][i].w;
+                    x[i].x += low_half(parts[s][i].x), x[i].y += high_half(parts[s][i].x), x[i].z += low_half(parts[s][i].y), x[i].w += high_half(parts[s][i].y);
         }
         store_row(a, t, x, weight, memory);
     }
@@ -102,9 +101,8 @@ __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const Line
             float2 x = unpack_half2(packed[n].x), y = unpack_half2(packed[n].y);
             float scale = rsqrtf(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
             if (t < a.tokens)
-                *(uint2*)input_place<VALUE_DIM>(a.mixed, t, column) =
-                    make_uint2(pack2(x.x * scale * w.x * quick_silu(low_half(z[n].x)), x.y * scale * w.y * quick_silu(high_half(z[n].x))),
-                               pack2(y.x * scale * w.z * quick_silu(low_half(z[n].y)), y.y * scale * w.w * quick_silu(high_half(z[n].y))));
+                store_input<VALUE_DIM>(a.mixed, t, column, pack2(x.x * scale * w.x * quick_silu(low_half(z[n].x)), x.y * scale * w.y * quick_silu(high_half(z[n].x))),
+                                       pack2(y.x * scale * w.z * quick_silu(low_half(z[n].y)), y.y * scale * w.w * quick_silu(high_half(z[n].y))));
         }
     }
 }

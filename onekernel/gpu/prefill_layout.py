@@ -89,7 +89,7 @@ class PrefillLayout:
         return self.decode.constants() | {
             "TOKEN_TILE": self.token_tile,
             "NARROW_TILES": self.narrow,
-            "BLOCK_PAIRS": self.blocks % 2 == 0,
+            "BLOCK_PAIRS": False,
             "GEMM_STAGES": self.gemm_stages,
             "CHUNK_GROUPS": self.chunk_groups,
             "SCAN_COLUMNS": self.scan_columns,
@@ -178,7 +178,7 @@ __device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], uns
 
 def _gemm_bytes(token_tile: int, stages: int, narrow: bool) -> int:
     sums = 2 * token_tile // 8 * 2048 if narrow else 0
-    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + 3 * 8192 + sums
+    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + 3 * 8192 + sums + 8 * 512
 
 
 class PrefillArguments(ctypes.Structure):

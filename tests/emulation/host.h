@@ -306,3 +306,7 @@ template <int F> inline void wgmma_tokens(float (&acc)[F][4], u32 a, u32 b, u32 
     u32 words[4] = {a, b, c, d}, base = (u32)tokens << 4;
     wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
 }
+inline int thread_index() { return threadIdx.x; }
+inline int block_index() { return blockIdx.x; }
+inline int hidden(int v) { return v; }
+inline void __threadfence_block() {}

@@ -26,7 +26,7 @@ struct ChunkScratch {
 // Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
 // Lane l has dims 4 l to 4 l + 3. Loops stay loops: this code runs once a layer, and fetching it costs more than running it.
 __device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first_row = 16 * warp;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_row = 16 * warp;
     int key_head = head / (VALUE_HEADS / KEY_HEADS);
     int rows_left = a.tokens - first_token - first_row;
     u32 base = shared_address(&s);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
 
 // beta and the cumulative decay; by one warp.
 __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
-    int lane = threadIdx.x % 32;
+    int lane = thread_index() % 32;
     float decay[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
 // solve = (I + solve)^-1 for a strictly lower triangular matrix, in float32: diagonal blocks of 16 by substitution, then
 // pairs of blocks of 16 and of 32: [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. By the group's 128 threads.
 __device__ __forceinline__ void invert(float* solve, int barrier) {
-    int t = threadIdx.x % 128;
+    int t = thread_index() % 128;
     if (t < 64) {
         float* block = solve + (t / 16 * 16) * (SOLVE_STRIDE + 1);
         int column = t % 16;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
 
 // U = R diag(beta) v and -W = -R diag(beta exp(total)) k, of this warp's 16 tokens.
 __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = 16 * warp + lane / 4;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, row = 16 * warp + lane / 4;
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
         u32 rows = shared_address(part ? s.key : s.value);
@@ -222,7 +222,7 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item
 
 // This warp's 16 rows of q, faded from the chunk's start, and of k, faded to its end, to device memory.
 __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, chunk = lane % 16;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, chunk = lane % 16;
     float end = s.total[CHUNK - 1];
 #pragma unroll 2
     for (int i = 0; i < 16; ++i) {
@@ -237,7 +237,7 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
 }
 
 __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const LinearLayer& layer, int chunk, int head, ChunkScratch& s, int barrier) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first_token = chunk * CHUNK;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_token = chunk * CHUNK;
     u8* item = a.items + (long long)(chunk * VALUE_HEADS + head) * ITEM_BYTES;
     u32 query = shared_address(s.query), key = shared_address(s.key);
     if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);
@@ -290,9 +290,9 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
 }
 
 __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const LinearLayer& layer, u8* memory) {
-    int group = threadIdx.x / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
+    int group = thread_index() / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
     if (group >= CHUNK_GROUPS) return;
     ChunkScratch& scratch = ((ChunkScratch*)memory)[group];
-    for (int item = group * gridDim.x + blockIdx.x; item < items; item += CHUNK_GROUPS * gridDim.x)
+    for (int item = group * gridDim.x + block_index(); item < items; item += CHUNK_GROUPS * gridDim.x)
         delta_chunk(a, layer, item / VALUE_HEADS, item % VALUE_HEADS, scratch, 1 + group);
 }

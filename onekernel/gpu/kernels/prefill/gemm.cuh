@@ -20,7 +20,8 @@ constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
 constexpr int STORE_TOKENS = 64;                           // that a group hands to memory at a time
 constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
 constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
-constexpr int GEMM_BYTES = GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+constexpr int OFFSET_BYTES = 8 * 512;                       // of the steps of the longest row
+constexpr int GEMM_BYTES = GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES;
 static_assert(TOKEN_TILE % 16 == 0, "fragments of tokens go in pairs");
 
 using TokenFragments = float[TOKEN_FRAGMENTS][4];
@@ -30,21 +31,50 @@ struct StepWeights {
     uint4 low[2], high[2];
 };
 
-// Where this lane's weights of a tile stand.
-template <int ROWS, int COLUMNS>
+// What is multiplied, and what becomes of it. One loop multiplies all matrices: its code stays in the instruction cache.
+enum Finish { PROJECTION_OF_LINEAR, ROWS_OF_TOKENS, ACTIVATION, LOGITS };
+struct Product {
+    int matrix, rows, columns;
+    const u16* input;  // see input_place
+    int tokens, splits;
+    Finish finish;
+    u16* out;
+};
+
+constexpr int longest(int a, int b) { return a > b ? a : b; }
+static_assert(longest(longest(HIDDEN, INTERMEDIATE), longest(VALUE_DIM, QUERY_DIM)) <= 512 * STEP_COLUMNS, "room for the offsets of a row's steps");
+
+// Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
+__device__ __forceinline__ int tile_offset(int columns, int column_tile) {
+    int tiles = columns / (CONSUMER_WARPS * 32);
+    int warp = column_tile / tiles, tile = column_tile % tiles, stage = tile / TILES_PER_STAGE;
+    int count = min(TILES_PER_STAGE, tiles - stage * TILES_PER_STAGE);
+    return (stage * CONSUMER_WARPS * TILES_PER_STAGE + warp * count + tile % TILES_PER_STAGE) * 512;
+}
+
+// One group of 8 rows of a matrix on the tape (gpu/tape.py).
+__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, const Product& p, int group) {
+    u32 groups = (p.rows + 7) / 8;
+    group = min(group, groups - 1);
+    u32 block = ((u32)(group + 1) * BLOCKS - 1) / groups;  // of the decode kernel, which owns the group
+    return a.tape + a.matrix_offsets[p.matrix * BLOCKS + block] + (long long)(group - groups * block / BLOCKS) * p.columns * 16;
+}
+
+// Where this lane's weights of a tile stand. `offsets`: in shared memory, of the two tiles of each step in a group.
 struct WeightPlace {
     const u8 *low, *high;
+    u32 offsets;
 
-    __device__ __forceinline__ WeightPlace(const PrefillArguments& a, int matrix, int row_tile) {
-        int group = row_tile * (ROW_TILE / 8) + (NARROW ? threadIdx.x / 32 % 4 : threadIdx.x / 32) * 2;
-        low = group_place<ROWS, COLUMNS>(a, matrix, group) + threadIdx.x % 32 * 16;
-        high = group_place<ROWS, COLUMNS>(a, matrix, group + 1) + threadIdx.x % 32 * 16;
+    __device__ __forceinline__ WeightPlace(const PrefillArguments& a, const Product& p, int row_tile, u32 offsets_) {
+        int thread = thread_index(), group = row_tile * (ROW_TILE / 8) + (NARROW ? thread / 32 % 4 : thread / 32) * 2;
+        low = group_place(a, p, group) + thread % 32 * 16;
+        high = group_place(a, p, group + 1) + thread % 32 * 16;
+        offsets = offsets_;
     }
     __device__ __forceinline__ void load(StepWeights& w, int step) const {
-        int first = tile_offset<COLUMNS>(2 * step);
-        int second = COLUMNS / CONSUMER_WARPS / 32 % 2 ? tile_offset<COLUMNS>(2 * step + 1) : first + 512;
-        w.low[0] = __ldg((const uint4*)(low + first)), w.high[0] = __ldg((const uint4*)(high + first));
-        w.low[1] = __ldg((const uint4*)(low + second)), w.high[1] = __ldg((const uint4*)(high + second));
+        uint2 at = load_shared2(offsets + 8 * step);
+        w.low[0] = load_stream(low + at.x), w.high[0] = load_stream(high + at.x);
+        w.low[1] = load_stream(low + at.y), w.high[1] = load_stream(high + at.y);
     }
 };
 
@@ -73,7 +103,7 @@ __device__ __forceinline__ void multiply_step(TokenFragments& acc, const StepWei
 #else
 
 __device__ __forceinline__ void multiply_step(TokenFragments& acc, const StepWeights& w, u32 stage) {
-    int lane = threadIdx.x % 32;
+    int lane = thread_index() % 32;
 #pragma unroll
     for (int k = 0; k < STEP_COLUMNS / 16; ++k) {
         uint4 low = w.low[k / 2], high = w.high[k / 2];
@@ -94,7 +124,7 @@ __device__ __forceinline__ void multiply_step(TokenFragments& acc, const StepWei
 struct TokenRing {
     u32 shared;    // address of the stages
     u32 barriers;  // address of GEMM_STAGES barriers "full" and as many "free" (sm_90a)
-    u32 filled;    // steps so far that were asked for
+    u32 filled;    // steps so far that were asked for (on sm_90a, as thread 0 knows)
     u32 used;      // steps so far that were multiplied
 
     __device__ __forceinline__ u32 stage(u32 step) const { return shared + step % GEMM_STAGES * TOKENS_BYTES; }
@@ -105,7 +135,7 @@ struct TokenRing {
 
     // By all threads, before anything else.
     __device__ __forceinline__ void init() {
-        if (threadIdx.x == 0) {
+        if (thread_index() == 0) {
             for (int i = 0; i < GEMM_STAGES; ++i) {
                 barrier_init(full(i), 1);
                 barrier_init(free(i), NARROW ? CLUSTER : ROW_GROUPS * CLUSTER);
@@ -125,11 +155,12 @@ struct TokenRing {
             bulk_load_pair(stage(filled) + part, from + part, TOKENS_BYTES / CLUSTER, full(filled));
         else
             bulk_load(stage(filled), from, TOKENS_BYTES, full(filled));
+        ++filled;
     }
     __device__ __forceinline__ void await(u32 step) const { barrier_wait(full(step), step / GEMM_STAGES & 1); }
     // By all warps that read the step.
     __device__ __forceinline__ void release(u32 step) const {
-        if (threadIdx.x % 128 == 0) {
+        if (thread_index() % 128 == 0) {
 #pragma unroll
             for (int rank = 0; rank < CLUSTER; ++rank) CLUSTER == 1 ? barrier_arrive(free(step)) : barrier_arrive_at(free(step), rank);
         }
@@ -140,92 +171,97 @@ struct TokenRing {
     // By all threads.
     __device__ __forceinline__ void fill(const u8* from) {
 #pragma unroll 2
-        for (int at = threadIdx.x * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(filled) + at, from + at);
+        for (int at = thread_index() * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(filled) + at, from + at);
+        ++filled;
     }
 #endif
 };
 
-// Asks for one step after the other, across the borders of tiles.
-template <int ROWS, int COLUMNS>
-struct Schedule {
-    static constexpr int ROW_TILES = (ROWS + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER), STEPS = COLUMNS / STEP_COLUMNS;
-    int token_tiles, splits, item, step, end, items;
+// The tiles of one product, in the order in which this block (or its cluster) takes them.
+struct Tiles {
+    int token_tiles, row_tiles, splits, steps;
 
-    __device__ __forceinline__ Schedule(int tokens, int splits_) {
-        token_tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE, splits = splits_;
-        items = ROW_TILES * token_tiles * splits;
-        item = blockIdx.x / CLUSTER;
-        enter();
-    }
-    __device__ __forceinline__ bool over() const { return item >= items; }
-    __device__ __forceinline__ int token_tile() const { return item % token_tiles; }
-    __device__ __forceinline__ int row_tile() const { return item / token_tiles % ROW_TILES * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0); }
-    __device__ __forceinline__ int split() const { return item / token_tiles / ROW_TILES; }
-    __device__ __forceinline__ void enter() { step = STEPS * split() / splits, end = STEPS * (split() + 1) / splits; }
-    __device__ __forceinline__ void next_tile() {
-        item += gridDim.x / CLUSTER;
-        enter();
+    __device__ __forceinline__ int count() const { return row_tiles * token_tiles * splits; }
+    __device__ __forceinline__ int token_tile(int item) const { return (u32)item % (u32)token_tiles; }
+    __device__ __forceinline__ int row_tile(int item) const { return (u32)item / (u32)token_tiles % (u32)row_tiles * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0); }
+    __device__ __forceinline__ int split(int item) const { return (u32)item / (u32)(token_tiles * row_tiles); }
+    __device__ __forceinline__ int first_step(int item) const { return (u32)(steps * split(item)) / (u32)splits; }
+    __device__ __forceinline__ int end_step(int item) const { return (u32)(steps * (split(item) + 1)) / (u32)splits; }
+
+    // The tokens of the step that comes `ahead` steps after the first of `item`, or null behind the last.
+    __device__ __forceinline__ const u8* tokens_ahead(const u16* input, int item, int ahead) const {
+        for (; item < count(); item += gridDim.x / CLUSTER) {
+            int first = first_step(item), own = end_step(item) - first;
+            if (ahead < own) return (const u8*)input + ((long long)token_tile(item) * steps + first + ahead) * TOKENS_BYTES;
+            ahead -= own;
+        }
+        return nullptr;
     }
 };
 
-// Calls finish(first row of this group of warps, first token, split, accumulators, shared memory of STORE_BYTES) for each
-// tile. With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
-template <int ROWS, int COLUMNS, class Finish>
-__device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring, int matrix, const u16* input, int tokens, int splits, const Finish& finish) {
-    constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;  // of the steps that a group takes
-    int group = threadIdx.x / 128, first = NARROW ? group : 0;
-    Schedule<ROWS, COLUMNS> asked(tokens, splits), tile(tokens, splits);
-    u32 store = ring.shared + GEMM_RING + group * STORE_BYTES;
-    auto ask = [&] {  // for one more step of the ring
-        if (asked.over()) return;
-        const u8* from = (const u8*)input + ((long long)asked.token_tile() * (COLUMNS / STEP_COLUMNS) + asked.step) * TOKENS_BYTES;
-        if (!WGMMA || threadIdx.x == 0) ring.fill(from);
-        if (WGMMA) __syncwarp();
-        ++ring.filled;
-        if (++asked.step == asked.end) asked.next_tile();
+__device__ __forceinline__ void finish_tile(const PrefillArguments& a, const Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer);
+
+// With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
+__device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring, const Product& p) {
+    constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;                  // of the steps that a group takes
+    constexpr int AHEAD = NARROW ? GEMM_STAGES - 5 : GEMM_STAGES - 2;  // steps that were asked for before a step is multiplied
+    const Tiles tiles{(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, (p.rows + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER), p.splits, p.columns / STEP_COLUMNS};
+    const int thread = thread_index(), group = thread / 128, first = NARROW ? group : 0;
+    const u32 store = ring.shared + GEMM_RING + group * STORE_BYTES, offsets = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+    auto ask = [&](int item, int ahead) {  // for the tokens of one more step
+        if (WGMMA) {
+            if (thread == 0)
+                if (const u8* from = tiles.tokens_ahead(p.input, item, ahead)) ring.fill(from);
+        } else {
+            if (const u8* from = tiles.tokens_ahead(p.input, item, ahead)) ring.fill(from);
+            copy_commit();
+        }
     };
     if (WGMMA) fence_async();
     __syncthreads();  // what other phases did with this memory is done
-    bool asks = !WGMMA || threadIdx.x < 32;
+    for (int step = thread; step < tiles.steps; step += PREFILL_THREADS)
+        store_shared2(offsets + 8 * step, tile_offset(p.columns, 2 * step), tile_offset(p.columns, 2 * step + 1));
+    int item = block_index() / CLUSTER;
 #pragma unroll 1
-    for (int i = 0; i < GEMM_STAGES - (NARROW ? 5 : 2); ++i) {
-        if (asks) ask();
-        copy_commit();
-    }
+    for (int i = 0; i < AHEAD; ++i) ask(item, i);
+    __syncthreads();  // the offsets are there
     StepWeights next;
-    if (!tile.over() && tile.step + first < tile.end) WeightPlace<ROWS, COLUMNS>(a, matrix, tile.row_tile()).load(next, tile.step + first);
+    if (item < tiles.count()) WeightPlace(a, p, tiles.row_tile(item), offsets).load(next, min(tiles.first_step(item) + first, tiles.steps - 1));
 #pragma unroll 1
-    while (!tile.over()) {
-        WeightPlace<ROWS, COLUMNS> place(a, matrix, tile.row_tile());
+    while (item < tiles.count()) {
+        int steps = tiles.end_step(item) - tiles.first_step(item);
         TokenFragments acc;
 #pragma unroll
         for (int j = 0; j < TOKEN_FRAGMENTS; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
+        {
+            WeightPlace place(a, p, tiles.row_tile(item), offsets + 8 * tiles.first_step(item));
 #pragma unroll 1
-        for (int step = tile.step + first; step < tile.end; step += STRIDE) {
-            StepWeights weights = next;
-            if (step + STRIDE < tile.end) place.load(next, step + STRIDE);
-            u32 at = ring.used + (step - tile.step);
+            for (int step = first; step < steps; step += STRIDE) {
+                StepWeights weights = next;
+                if (step + STRIDE < steps) place.load(next, step + STRIDE);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-            if (asks)
+                if (thread < 32) {
 #pragma unroll 1
-                for (int i = 0; i < STRIDE && step + i < tile.end; ++i) ask();
-            ring.await(at);
-            multiply_step(acc, weights, ring.stage(at));
-            ring.release(at);
+                    for (int i = 0; i < STRIDE && step + i < steps; ++i) ask(item, step + i + AHEAD);
+                    __syncwarp();
+                }
+                ring.await(ring.used + step);
+                multiply_step(acc, weights, ring.stage(ring.used + step));
+                ring.release(ring.used + step);
 #else
-            copy_wait<GEMM_STAGES - 3>();
-            __syncthreads();
-            ask();
-            copy_commit();
-            multiply_step(acc, weights, ring.stage(at));
+                copy_wait<GEMM_STAGES - 3>();
+                __syncthreads();
+                ask(item, step + AHEAD);
+                multiply_step(acc, weights, ring.stage(ring.used + step));
 #endif
+            }
         }
-        int row_tile = tile.row_tile(), token_tile = tile.token_tile(), split = tile.split();
-        ring.used += tile.end - tile.step;
-        tile.next_tile();
-        if (!tile.over() && tile.step + first < tile.end) WeightPlace<ROWS, COLUMNS>(a, matrix, tile.row_tile()).load(next, tile.step + first);
+        ring.used += steps;
+        int done = item;
+        item += gridDim.x / CLUSTER;
+        if (item < tiles.count()) WeightPlace(a, p, tiles.row_tile(item), offsets).load(next, min(tiles.first_step(item) + first, tiles.steps - 1));
         if (NARROW) {
-            u32 sums = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + threadIdx.x % 128 * 16;
+            u32 sums = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + thread % 128 * 16;
             __syncthreads();  // the sums of the tile before are read
             if (group)
 #pragma unroll
@@ -241,10 +277,8 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
                     uint4 v = load_shared4(sums + (g * TOKEN_FRAGMENTS + j) * 2048);
                     acc[j][0] += __uint_as_float(v.x), acc[j][1] += __uint_as_float(v.y), acc[j][2] += __uint_as_float(v.z), acc[j][3] += __uint_as_float(v.w);
                 }
-            finish(row_tile * ROW_TILE, token_tile * TOKEN_TILE, split, acc, store);
-        } else {
-            finish(row_tile * ROW_TILE + group * 64, token_tile * TOKEN_TILE, split, acc, store);
         }
+        finish_tile(a, p, tiles.row_tile(done) * ROW_TILE + (NARROW ? 0 : group * 64), tiles.token_tile(done) * TOKEN_TILE, tiles.split(done), acc, store);
     }
     copy_wait<0>();
 }
@@ -252,15 +286,14 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
 // ---- finishes: what becomes of the accumulators ----
 // Fragment j of a warp: rows l / 4 and l / 4 + 8 of its 16, tokens 8 j + 2 (l % 4) and the next.
 
-// A group's 64 rows as 16-bit numbers, in rows of STRIDE numbers a token: through shared memory, so that 128 bytes of a
+// A group's 64 rows as 16-bit numbers, in rows of `stride` numbers a token: through shared memory, so that 128 bytes of a
 // token leave together.
-template <int STRIDE>
-__device__ __forceinline__ void store_rows(u16* out, int row, int token, int tokens, const TokenFragments& acc, u32 buffer) {
-    int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
+__device__ __forceinline__ void store_rows(u16* out, int stride, int row, int token, int tokens, const TokenFragments& acc, u32 buffer) {
+    int group = thread_index() / 128, thread = thread_index() % 128, warp = thread / 32, lane = thread % 32;
     u32 to = buffer + (lane / 16 * 8 + lane % 8) * 128 + (((2 * warp + lane / 8 % 2) ^ (lane % 8)) << 4);
     u32 from = buffer + thread / 8 * 128 + (((thread ^ thread / 8) % 8) << 4);
     int left = tokens - token - thread / 8;
-    u16* at = out + (long long)(token + thread / 8) * STRIDE + row + thread % 8 * 8;
+    u16* at = out + (long long)(token + thread / 8) * stride + row + thread % 8 * 8;
 #pragma unroll
     for (int first = 0; first < TOKEN_TILE; first += STORE_TOKENS) {
         group_barrier(1 + group, 128);  // the buffer is read
@@ -274,15 +307,15 @@ __device__ __forceinline__ void store_rows(u16* out, int row, int token, int tok
         group_barrier(1 + group, 128);
 #pragma unroll
         for (int i = 0; i < STORE_TOKENS; i += 16)
-            if (first + i < TOKEN_TILE && first + i < left) *(uint4*)(at + (long long)(first + i) * STRIDE) = load_shared4(from + i * 128);
+            if (first + i < TOKEN_TILE && first + i < left) *(uint4*)(at + (long long)(first + i) * stride) = load_shared4(from + i * 128);
     }
 }
 
 // Rows as float32, in rows of STRIDE numbers a token.
 template <int STRIDE>
 __device__ __forceinline__ void store_floats(float* out, int row, int token, int tokens, const TokenFragments& acc) {
-    int lane = threadIdx.x % 32, left = tokens - token - 2 * (lane % 4);
-    float* at = out + (long long)(token + 2 * (lane % 4)) * STRIDE + row + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    int thread = thread_index(), lane = thread % 32, left = tokens - token - 2 * (lane % 4);
+    float* at = out + (long long)(token + 2 * (lane % 4)) * STRIDE + row + thread % 128 / 32 * 16 + lane / 4;
 #pragma unroll
     for (int j = 0; j < TOKEN_FRAGMENTS; ++j) {
         if (8 * j < left) at[8 * j * STRIDE] = acc[j][0], at[8 * j * STRIDE + 8] = acc[j][2];
@@ -290,72 +323,49 @@ __device__ __forceinline__ void store_floats(float* out, int row, int token, int
     }
 }
 
-struct LinearProjection {
-    u16* projected;  // [tokens, LINEAR_STRIDE]
-    float* gates;    // [tokens, GATE_STRIDE]
-    int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc, u32 buffer) const {
-        static_assert(LINEAR_STRIDE % 64 == 0, "a group's rows are of one kind");
-        if (row < LINEAR_STRIDE)
-            store_rows<LINEAR_STRIDE>(projected, row, token, tokens, acc, buffer);
-        else if (row - LINEAR_STRIDE + threadIdx.x % 128 / 32 * 16 < GATE_STRIDE)
-            store_floats<GATE_STRIDE>(gates, row - LINEAR_STRIDE, token, tokens, acc);
-    }
-};
-
-template <int STRIDE>
-struct Rows {
-    u16* out;  // [splits, tokens, STRIDE]
-    int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int split, const TokenFragments& acc, u32 buffer) const {
-        static_assert(STRIDE % 64 == 0, "all rows of a group or none");
-        if (row < STRIDE) store_rows<STRIDE>(out + (long long)split * tokens * STRIDE, row, token, tokens, acc, buffer);
-    }
-};
-
 // silu(gate) * up: of each 8 rows, 4 are of gate_proj and 4 the same of up_proj. 64 rows make 32 columns of a step: the
 // words of their chunks change places as input_place says.
-struct Activation {
-    u16* activated;  // input_place of [tokens, INTERMEDIATE]
-    int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc, u32 buffer) const {
-        static_assert(INTERMEDIATE % 32 == 0, "all rows of a group or none");
-        if (row >= 2 * INTERMEDIATE) return;
-        int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
-        bool upper = lane >= 16;  // holds rows of up_proj, and finishes the second group of 8
-        u32 to = buffer + lane * 64 + ((warp ^ lane / 2 % 4) << 4);
-        int own = thread / 4, word = thread % 4;  // token, and the word of each chunk
+__device__ __forceinline__ void store_activation(u16* activated, int row, int token, int tokens, const TokenFragments& acc, u32 buffer) {
+    int group = thread_index() / 128, thread = thread_index() % 128, warp = thread / 32, lane = thread % 32;
+    bool upper = lane >= 16;  // holds rows of up_proj, and finishes the second group of 8
+    u32 to = buffer + lane * 64 + ((warp ^ lane / 2 % 4) << 4);
+    int own = thread / 4, word = thread % 4;  // token, and the word of each chunk
 #pragma unroll
-        for (int first = 0; first < TOKEN_TILE; first += STORE_TOKENS) {
-            u32 pairs[STORE_TOKENS / 8] = {};
+    for (int first = 0; first < TOKEN_TILE; first += STORE_TOKENS) {
+        u32 pairs[STORE_TOKENS / 8] = {};
 #pragma unroll
-            for (int q = 0; q < STORE_TOKENS / 8; ++q) {
-                if (first / 8 + q >= TOKEN_FRAGMENTS) continue;
-                const float(&f)[4] = acc[first / 8 + q];
-                float x = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[0] : f[2], 16), y = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[1] : f[3], 16);
-                pairs[q] = pack2(quick_silu(upper ? x : f[0]) * (upper ? f[2] : x), quick_silu(upper ? y : f[1]) * (upper ? f[3] : y));
-            }
-            group_barrier(1 + group, 128);  // the buffer is read
-            store_matrix_transposed(to, pairs[0], pairs[1], pairs[2], pairs[3]);
-            if (first + 32 < TOKEN_TILE) store_matrix_transposed(to + 32 * 64, pairs[4], pairs[5], pairs[6], pairs[7]);
-            group_barrier(1 + group, 128);
+        for (int q = 0; q < STORE_TOKENS / 8; ++q) {
+            if (first / 8 + q >= TOKEN_FRAGMENTS) continue;
+            const float(&f)[4] = acc[first / 8 + q];
+            float x = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[0] : f[2], 16), y = __shfl_xor_sync(0xFFFFFFFFu, upper ? f[1] : f[3], 16);
+            pairs[q] = pack2(quick_silu(upper ? x : f[0]) * (upper ? f[2] : x), quick_silu(upper ? y : f[1]) * (upper ? f[3] : y));
+        }
+        group_barrier(1 + group, 128);  // the buffer is read
+        store_matrix_transposed(to, pairs[0], pairs[1], pairs[2], pairs[3]);
+        if (first + 32 < TOKEN_TILE) store_matrix_transposed(to + 32 * 64, pairs[4], pairs[5], pairs[6], pairs[7]);
+        group_barrier(1 + group, 128);
 #pragma unroll
-            for (int i = 0; i < STORE_TOKENS; i += 32) {
-                int t = first + i + own;
-                if (t >= TOKEN_TILE || token + t >= tokens) continue;
-                u32 from = buffer + (i + own) * 64 + 4 * word, turn = own / 2 % 4 << 4;
-                *(uint4*)input_place<INTERMEDIATE>(activated, token + t, row / 2 + 2 * word) =
-                    make_uint4(load_shared(from + (turn ^ 0)), load_shared(from + (turn ^ 16)), load_shared(from + (turn ^ 32)), load_shared(from + (turn ^ 48)));
-            }
+        for (int i = 0; i < STORE_TOKENS; i += 32) {
+            int t = first + i + own;
+            if (t >= TOKEN_TILE || token + t >= tokens) continue;
+            u32 from = buffer + (i + own) * 64 + 4 * word, turn = own / 2 % 4 << 4;
+            *(uint4*)input_place<INTERMEDIATE>(activated, token + t, row / 2 + 2 * word) =
+                make_uint4(load_shared(from + (turn ^ 0)), load_shared(from + (turn ^ 16)), load_shared(from + (turn ^ 32)), load_shared(from + (turn ^ 48)));
         }
     }
-};
-
-template <int STRIDE>
-struct FloatRows {
-    float* out;  // [tokens, STRIDE]
-    int tokens;
-    __device__ __forceinline__ void operator()(int row, int token, int, const TokenFragments& acc, u32) const {
-        if (row + threadIdx.x % 128 / 32 * 16 < STRIDE) store_floats<STRIDE>(out, row, token, tokens, acc);
     }
-};
+
+__device__ __forceinline__ void finish_tile(const PrefillArguments& a, const Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer) {
+    static_assert(LINEAR_STRIDE % 64 == 0 && FULL_STRIDE % 64 == 0 && HIDDEN % 64 == 0 && INTERMEDIATE % 32 == 0, "a group's rows are of one kind");
+    int warp_row = row + thread_index() % 128 / 32 * 16;
+    if (p.finish == ACTIVATION) {
+        if (row < p.rows) store_activation(p.out, row, token, p.tokens, acc, buffer);
+    } else if (p.finish == LOGITS) {
+        if (warp_row < p.rows) store_floats<VOCAB>((float*)p.out, row, token, p.tokens, acc);
+    } else if (p.finish == PROJECTION_OF_LINEAR && row >= LINEAR_STRIDE) {
+        if (warp_row < LINEAR_STRIDE + GATE_STRIDE) store_floats<GATE_STRIDE>(a.gates, row - LINEAR_STRIDE, token, p.tokens, acc);
+    } else if (row < p.rows) {
+        int stride = p.finish == PROJECTION_OF_LINEAR ? LINEAR_STRIDE : p.rows;
+        store_rows(p.out + (long long)split * p.tokens * stride, stride, row, token, p.tokens, acc, buffer);
+    }
+}

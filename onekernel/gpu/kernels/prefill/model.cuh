@@ -52,34 +52,14 @@ __device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f
 __device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.44269504f * x); }
 __device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 
-// One group of 8 rows of a matrix on the tape (gpu/tape.py).
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, int matrix, int group) {
-    constexpr int GROUPS = (ROWS + 7) / 8;
-    group = min(group, GROUPS - 1);
-    static_assert((long long)GROUPS * BLOCKS < 1u << 31, "32-bit arithmetic");
-    u32 block = ((u32)(group + 1) * BLOCKS - 1) / GROUPS;  // of the decode kernel, which owns the group
-    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - GROUPS * block / BLOCKS) * COLUMNS * 16;
-}
-
-// Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
-template <int COLUMNS>
-__device__ __forceinline__ int tile_offset(int column_tile) {
-    constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;
-    int warp = column_tile / TILES, tile = column_tile % TILES, stage = tile / TILES_PER_STAGE;
-    int count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
-    return (stage * CONSUMER_WARPS * TILES_PER_STAGE + warp * count + tile % TILES_PER_STAGE) * 512;
-}
-
 // Asks for a whole matrix in L2, ahead of the phase that multiplies it; matrices that would not stay there are left alone.
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix) {
-    constexpr int GROUPS = (ROWS + 7) / 8;
-    if ((long long)ROWS * COLUMNS * 2 > MOST_PREFETCHED) return;
-    for (int block = blockIdx.x; block < BLOCKS; block += gridDim.x) {
+__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix, int rows, int columns) {
+    int groups = (rows + 7) / 8;
+    if ((long long)rows * columns * 2 > MOST_PREFETCHED) return;
+    for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
-        int bytes = (first_group(GROUPS, block + 1) - first_group(GROUPS, block)) * COLUMNS * 16;
-        for (int at = threadIdx.x * 128; at < bytes; at += PREFILL_THREADS * 128) prefetch_l2(share + at);
+        int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
+        for (int at = thread_index() * 128; at < bytes; at += PREFILL_THREADS * 128) prefetch_l2(share + at);
     }
 }
 

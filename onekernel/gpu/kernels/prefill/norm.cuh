@@ -1,13 +1,13 @@
 // The residual stream in float32, and the norms that feed the projections.
 #pragma once
 
-#include "prefill/model.cuh"
+#include "prefill/gemm.cuh"
 
 // Sixteen bytes (8 columns) of a row of the embedding. A tied embedding is the LM head on the tape.
 __device__ __forceinline__ uint4 embedding(const PrefillArguments& a, int token, int column) {
     if (!TIED) return __ldg((const uint4*)(a.embedding + (long long)token * HIDDEN + column));
-    const u8* group = group_place<VOCAB, HIDDEN>(a, 4 * LAYERS, token / 8);
-    return __ldg((const uint4*)(group + tile_offset<HIDDEN>(column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
+    Product head{4 * LAYERS, VOCAB, HIDDEN};
+    return __ldg((const uint4*)(group_place(a, head, token / 8) + tile_offset(HIDDEN, column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
 }
 
 // A token's row is the work of two warps; each lane has ROW_VECTORS times four columns of it.
@@ -16,13 +16,13 @@ constexpr int ROW_VECTORS = HIDDEN / 4 / (32 * ROW_WARPS);
 constexpr int PARTS_AT_ONCE = ROW_VECTORS <= 4 ? 4 : ROW_VECTORS <= 10 ? 2 : 1;  // splits whose loads are on their way together
 static_assert(HIDDEN % (128 * ROW_WARPS) == 0, "two warps share a row evenly");
 
-__device__ __forceinline__ int first_row() { return blockIdx.x + threadIdx.x / (32 * ROW_WARPS) * gridDim.x; }
+__device__ __forceinline__ int first_row() { return block_index() + thread_index() / (32 * ROW_WARPS) * gridDim.x; }
 __device__ __forceinline__ int row_step() { return gridDim.x * (PREFILL_WARPS / ROW_WARPS); }
-__device__ __forceinline__ int row_column(int i) { return 4 * (threadIdx.x % (32 * ROW_WARPS) + 32 * ROW_WARPS * i); }
+__device__ __forceinline__ int row_column(int i) { return 4 * (thread_index() % (32 * ROW_WARPS) + 32 * ROW_WARPS * i); }
 
 // residual = x, input = x / rms(x) * weight, of one token.
 __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, const float4 (&x)[ROW_VECTORS], const float* weight, u8* memory) {
-    int pair = threadIdx.x / (32 * ROW_WARPS);
+    int pair = thread_index() / (32 * ROW_WARPS);
     float* sums = (float*)memory + ROW_WARPS * pair;
     float squares = 0;
 #pragma unroll
@@ -32,7 +32,7 @@ __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, 
     }
     squares = warp_sum(squares);
     group_barrier(1 + pair, 32 * ROW_WARPS);  // the sums of the token before are read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % ROW_WARPS] = squares;
+    if (thread_index() % 32 == 0) sums[thread_index() / 32 % ROW_WARPS] = squares;
     group_barrier(1 + pair, 32 * ROW_WARPS);
     float scale = rsqrtf((sums[0] + sums[1]) / HIDDEN + NORM_EPS);
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int
 // mixed = o / rms(o) * weight * silu(z), head by head; a warp takes two of them at a time.
 __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const LinearLayer& layer) {
     constexpr int AT_ONCE = 2;
-    int lane = threadIdx.x % 32, warp = blockIdx.x * PREFILL_WARPS + threadIdx.x / 32, warps = gridDim.x * PREFILL_WARPS;
+    int lane = thread_index() % 32, warp = block_index() * PREFILL_WARPS + thread_index() / 32, warps = gridDim.x * PREFILL_WARPS;
     float4 w = load_constant4(layer.gated_norm + 4 * lane);
 #pragma unroll 1
     for (int first = warp; first < a.tokens * VALUE_HEADS; first += AT_ONCE * warps) {

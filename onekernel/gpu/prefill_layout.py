@@ -17,6 +17,7 @@ STEP_COLUMNS = 64
 CHUNK = 64  # tokens of the delta rule that are solved together
 MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
 MOST_SPLITS = 8
+SPLIT_ROWS = 6400  # tokens times parts of the keys: bounds the scratch memory of attention
 TOKEN_TILE = 176  # tokens that a block multiplies at a time
 NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
 LEAST_STAGES = 3
@@ -121,7 +122,23 @@ class PrefillLayout:
         return {
             "mixer_splits": self.splits(tokens, max(s.value_dim, s.query_dim)),
             "mlp_splits": self.splits(tokens, s.intermediate),
+            "attention_splits": self.attention_splits(tokens, position),
         }
+
+    def attention_splits(self, tokens: int, position: int) -> int:
+        """In how many parts the keys are dealt, so that all blocks have work (attention_wgmma.cuh)."""
+        s = self.shape
+        rows = 64 // (s.heads // s.kv_heads)
+        items = -(-tokens // (3 * rows)) * s.kv_heads
+        key_tiles = -(-(position + tokens) // 32)
+
+        def cost(splits: int) -> float:
+            """In tiles of keys; a part costs as much as four of them, and what is written and read back its bytes."""
+            waves = -(-items * splits // self.blocks)
+            return waves * (-(-key_tiles // splits) + 4.0) + (splits > 1) * (4.0 + tokens * splits * s.heads / 5000)
+
+        most = max(1, min(self.blocks // s.kv_heads, SPLIT_ROWS // tokens))
+        return min(range(1, most + 1), key=cost)
 
     def scratch(self, tokens: int) -> dict[str, int]:
         """Bytes of each scratch array for chunks of up to `tokens` tokens."""
@@ -144,6 +161,7 @@ class PrefillLayout:
             "mixed": 2 * padded * max(s.value_dim, s.query_dim),
             "activated": 2 * padded * s.intermediate,
             "partials": 2 * partial_rows * s.hidden,
+            "attention": 4 * min(SPLIT_ROWS, tokens * (self.blocks // s.kv_heads)) * s.heads * (s.head_dim + 4),
         }
 
 
@@ -158,27 +176,40 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
 
 
 def wgmma_source(tokens: int) -> str:
-    """`wgmma_tokens`: 64 rows of weights (in registers) times 16 columns times `tokens` (in shared memory)."""
-    count = tokens // 2  # accumulators of a thread
-    outputs = ", ".join(f"%{i}" for i in range(count))
-    weights = ", ".join(f"%{count + i}" for i in range(4))
-    operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
+    """The wgmma instructions: weights times `tokens` tokens, queries times 32 keys, their weights times 256 values."""
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], unsigned a, unsigned b, unsigned c,
-                                             unsigned d, unsigned long long tokens) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
-                 "{{{outputs}}}, {{{weights}}}, %{count + 4}, p, 1, 1, 0;}}"
-                 : {operands}
-                 : "r"(a), "r"(b), "r"(c), "r"(d), "l"(tokens));
-}}
+{_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
+{_wgmma("wgmma_scores", 32, from_registers=False, transposed=False)}
+{_wgmma("wgmma_values", 256, from_registers=True, transposed=True)}
 #endif
 """
 
 
+def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> str:
+    """A function around the instruction for 64 rows, 16 deep, of bf16: acc += a b, with b in shared memory."""
+    count = columns // 2  # accumulators of a thread
+    words = ("a", "b", "c", "d") if from_registers else ("a",)
+    outputs = ", ".join(f"%{i}" for i in range(count))
+    first = ", ".join(f"%{count + i}" for i in range(len(words)))
+    first = f"{{{first}}}" if from_registers else first
+    modes = ", ".join(["1", "1"] + ["0"] * (not from_registers) + [str(int(transposed))])
+    operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
+    kind, constraint = ("unsigned", "r") if from_registers else ("unsigned long long", "l")
+    parameters = ", ".join(f"{kind} {word}" for word in words)
+    inputs = ", ".join(f'"{constraint}"({word})' for word in words)
+    return f"""__device__ __forceinline__ void {name}(float (&acc)[{columns // 8}][4], {parameters},
+                                             unsigned long long operand) {{
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
+                 "{{{outputs}}}, {first}, %{count + len(words)}, p, {modes};}}"
+                 : {operands}
+                 : {inputs}, "l"(operand));
+}}"""
+
+
 def _gemm_bytes(token_tile: int, stages: int, narrow: bool) -> int:
     sums = 2 * token_tile // 8 * 2048 if narrow else 0
-    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + 3 * 8192 + sums + 8 * 512
+    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + 3 * 8192 + sums + 8 * 512 + 128
 
 
 class PrefillArguments(ctypes.Structure):
@@ -202,6 +233,7 @@ class PrefillArguments(ctypes.Structure):
         ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM], as input_place says
         ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE], as input_place says
         ("unsigned short*", "partials"),  # [splits, tokens, HIDDEN]
+        ("float*", "attention"),  # [attention_splits, tokens, HEADS, HEAD_DIM + 4]: sums; their maximum, their weight, -, -
         ("float*", "logits"),  # [logits_count, VOCAB], or null
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned long long*", "times"),  # [phases + 1] end of each phase in nanoseconds, or null
@@ -214,6 +246,7 @@ class PrefillArguments(ctypes.Structure):
         ("int", "end_phase"),
         ("int", "mixer_splits"),
         ("int", "mlp_splits"),
+        ("int", "attention_splits"),
         ("int", "logits_first"),  # tokens whose logits phase PHASES makes
         ("int", "logits_count"),
     )

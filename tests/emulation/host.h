@@ -310,3 +310,18 @@ inline int thread_index() { return threadIdx.x; }
 inline int block_index() { return blockIdx.x; }
 inline int hidden(int v) { return v; }
 inline void __threadfence_block() {}
+
+inline u64 wgmma_transposed(u32 shared, u32 block_bytes) { return shared >> 4 | (u64)block_bytes << 32; }
+template <int F> inline void wgmma_values(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 values) {
+    u32 words[4] = {a, b, c, d}, base = (u32)values << 4, block = values >> 32;
+    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n / 64 * block + k * 128 + n % 64 * 2); }, bf16_value);
+}
+template <int F> inline void wgmma_scores(float (&acc)[F][4], u64 a, u64 b) {
+    int l = threadIdx.x % 32, w = threadIdx.x / 32 % 4;
+    u32 rows = (u32)a << 4, base = (u32)b << 4, words[4];
+    for (int i = 0; i < 4; ++i) {
+        int row = 16 * w + l / 4 + i % 2 * 8, column = 2 * (l % 4) + i / 2 * 8;
+        words[i] = swizzled_value(rows + row * 128 + 2 * column) | (u32)swizzled_value(rows + row * 128 + 2 * column + 2) << 16;
+    }
+    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
+}

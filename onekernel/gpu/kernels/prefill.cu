@@ -8,7 +8,7 @@
 #include "prefill/norm.cuh"
 #include "prefill/delta_chunks.cuh"
 #include "prefill/delta_scan.cuh"
-#include "prefill/attention.cuh"
+#include "prefill/attention_wgmma.cuh"
 #include "primitive/grid_barrier.cuh"
 
 static_assert(VOCAB % 16 == 0, "a warp stores 16 rows at a time");
@@ -18,16 +18,17 @@ constexpr int PHASES = 1 + PHASES_A_LAYER * LAYERS;  // the embedding first; the
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
-    larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, ATTENTION_BYTES));
+    larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, WGMMA ? WIDE_ATTENTION_BYTES : ATTENTION_BYTES));
 
 constexpr int BARRIER_BYTES = 16 * GEMM_STAGES;
 
 extern "C" __device__ int shared_bytes = PREFILL_SHARED + BARRIER_BYTES + 1024;  // the host reads these before the first launch
 extern "C" __device__ int cluster_blocks = CLUSTER;
 
-// Phase 3 of attention layers is empty.
-__device__ __forceinline__ bool is_empty(int phase) {
-    return phase > 0 && phase < PHASES && (phase - 1) % PHASES_A_LAYER == 3 && is_full((phase - 1) / PHASES_A_LAYER);
+// Attention that is not split needs no merge.
+__device__ __forceinline__ bool is_empty(const PrefillArguments& a, int phase) {
+    if (phase == 0 || phase == PHASES || (phase - 1) % PHASES_A_LAYER != 3) return false;
+    return is_full((phase - 1) / PHASES_A_LAYER) && (!WGMMA || a.attention_splits == 1);
 }
 
 __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, u8* memory, TokenRing& ring) {
@@ -49,7 +50,7 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             p.matrix = matrix + 2, p.rows = 2 * INTERMEDIATE, p.columns = HIDDEN, p.input = a.input, p.finish = ACTIVATION, p.out = a.activated;
         else
             p.matrix = matrix + 3, p.rows = HIDDEN, p.columns = INTERMEDIATE, p.input = a.activated, p.splits = a.mlp_splits, p.out = a.partials;
-        return gemm(a, ring, p);
+        return gemm(a, ring, p, memory);
     }
     const float* parameters = layer_parameters(a.parameters, layer);
     switch (step) {
@@ -61,13 +62,18 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             break;
         case 2:
             prefetch_matrix(a, matrix + 1, HIDDEN, full ? QUERY_DIM : VALUE_DIM);
-            if (full)
+            if (full && WGMMA)
+                attend_wide(a, layer, memory);
+            else if (full)
                 attend(a, full_layer(a, layer), memory);
             else
                 delta_scan(a, linear_layer(a, layer), memory);
             break;
         case 3:
-            if (!full) gated_norm(a, linear_layer(a, layer));
+            if (full)
+                merge_attention(a);
+            else
+                gated_norm(a, linear_layer(a, layer));
             break;
         default: {
             bool after_mixer = step == 5;
@@ -90,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
     TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, 0, 0};
     ring.init();
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
-        if (is_empty(phase)) continue;
+        if (is_empty(a, phase)) continue;
         run_phase(a, phase, memory, ring);
         arrivals += gridDim.x;
         if (phase + 1 < a.end_phase) {

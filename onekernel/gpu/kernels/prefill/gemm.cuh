@@ -21,7 +21,8 @@ constexpr int STORE_TOKENS = 64;                           // that a group hands
 constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
 constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
 constexpr int OFFSET_BYTES = 8 * 512;                       // of the steps of the longest row
-constexpr int GEMM_BYTES = GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES;
+constexpr int PRODUCT_BYTES = 128;
+constexpr int GEMM_BYTES = GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES + PRODUCT_BYTES;
 static_assert(TOKEN_TILE % 16 == 0, "fragments of tokens go in pairs");
 
 using TokenFragments = float[TOKEN_FRAGMENTS][4];
@@ -32,12 +33,13 @@ struct StepWeights {
 };
 
 // What is multiplied, and what becomes of it. One loop multiplies all matrices: its code stays in the instruction cache.
+// It lies in shared memory and is read where it is needed (volatile): the accumulators need the registers.
 enum Finish { PROJECTION_OF_LINEAR, ROWS_OF_TOKENS, ACTIVATION, LOGITS };
 struct Product {
     int matrix, rows, columns;
-    const u16* input;  // see input_place
     int tokens, splits;
-    Finish finish;
+    int finish;
+    const u16* input;  // see input_place
     u16* out;
 };
 
@@ -53,11 +55,11 @@ __device__ __forceinline__ int tile_offset(int columns, int column_tile) {
 }
 
 // One group of 8 rows of a matrix on the tape (gpu/tape.py).
-__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, const Product& p, int group) {
-    u32 groups = (p.rows + 7) / 8;
-    group = min(group, groups - 1);
+__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, int matrix, int rows, int columns, int group) {
+    u32 groups = (rows + 7) / 8;
+    group = min(group, (int)groups - 1);
     u32 block = ((u32)(group + 1) * BLOCKS - 1) / groups;  // of the decode kernel, which owns the group
-    return a.tape + a.matrix_offsets[p.matrix * BLOCKS + block] + (long long)(group - groups * block / BLOCKS) * p.columns * 16;
+    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - groups * block / BLOCKS) * columns * 16;
 }
 
 // Where this lane's weights of a tile stand. `offsets`: in shared memory, of the two tiles of each step in a group.
@@ -65,10 +67,11 @@ struct WeightPlace {
     const u8 *low, *high;
     u32 offsets;
 
-    __device__ __forceinline__ WeightPlace(const PrefillArguments& a, const Product& p, int row_tile, u32 offsets_) {
+    __device__ __forceinline__ WeightPlace(const PrefillArguments& a, const volatile Product& p, int row_tile, u32 offsets_) {
         int thread = thread_index(), group = row_tile * (ROW_TILE / 8) + (NARROW ? thread / 32 % 4 : thread / 32) * 2;
-        low = group_place(a, p, group) + thread % 32 * 16;
-        high = group_place(a, p, group + 1) + thread % 32 * 16;
+        int matrix = p.matrix, rows = p.rows, columns = p.columns;
+        low = group_place(a, matrix, rows, columns, group) + thread % 32 * 16;
+        high = group_place(a, matrix, rows, columns, group + 1) + thread % 32 * 16;
         offsets = offsets_;
     }
     __device__ __forceinline__ void load(StepWeights& w, int step) const {
@@ -177,70 +180,82 @@ struct TokenRing {
 #endif
 };
 
-// The tiles of one product, in the order in which this block (or its cluster) takes them.
-struct Tiles {
-    int token_tiles, row_tiles, splits, steps;
+// One tile of a product: the tiles are numbered in the order in which the blocks (or clusters) take them.
+struct Tile {
+    int row_tile, token_tile, split;
+    int first, steps;  // of the columns
 
-    __device__ __forceinline__ int count() const { return row_tiles * token_tiles * splits; }
-    __device__ __forceinline__ int token_tile(int item) const { return (u32)item % (u32)token_tiles; }
-    __device__ __forceinline__ int row_tile(int item) const { return (u32)item / (u32)token_tiles % (u32)row_tiles * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0); }
-    __device__ __forceinline__ int split(int item) const { return (u32)item / (u32)(token_tiles * row_tiles); }
-    __device__ __forceinline__ int first_step(int item) const { return (u32)(steps * split(item)) / (u32)splits; }
-    __device__ __forceinline__ int end_step(int item) const { return (u32)(steps * (split(item) + 1)) / (u32)splits; }
-
-    // The tokens of the step that comes `ahead` steps after the first of `item`, or null behind the last.
-    __device__ __forceinline__ const u8* tokens_ahead(const u16* input, int item, int ahead) const {
-        for (; item < count(); item += gridDim.x / CLUSTER) {
-            int first = first_step(item), own = end_step(item) - first;
-            if (ahead < own) return (const u8*)input + ((long long)token_tile(item) * steps + first + ahead) * TOKENS_BYTES;
-            ahead -= own;
-        }
-        return nullptr;
+    __device__ __forceinline__ Tile(const volatile Product& p, int item) {
+        u32 token_tiles = (u32)(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, row_tiles = (u32)(p.rows + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER);
+        u32 all = p.columns / STEP_COLUMNS, splits = p.splits, rest = (u32)item / token_tiles;
+        token_tile = item - rest * token_tiles, split = rest / row_tiles;
+        row_tile = (rest - split * row_tiles) * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0);
+        first = all * split / splits, steps = all * (split + 1) / splits - first;
     }
 };
+__device__ __forceinline__ int tile_count(const volatile Product& p) {
+    return (p.tokens + TOKEN_TILE - 1) / TOKEN_TILE * ((p.rows + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER)) * p.splits;
+}
+// The tokens of the step that comes `ahead` steps after the first of `item`, or null behind the last.
+__device__ __forceinline__ const u8* tokens_ahead(const volatile Product& p, int item, int ahead) {
+    for (int count = tile_count(p); item < count; item += gridDim.x / CLUSTER) {
+        Tile tile(p, item);
+        if (ahead < tile.steps) return (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first + ahead) * TOKENS_BYTES;
+        ahead -= tile.steps;
+    }
+    return nullptr;
+}
 
-__device__ __forceinline__ void finish_tile(const PrefillArguments& a, const Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer);
+__device__ __forceinline__ void finish_tile(const PrefillArguments& a, const volatile Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer);
 
 // With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
-__device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring, const Product& p) {
+__device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring, const Product& given, u8* memory) {
     constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;                  // of the steps that a group takes
     constexpr int AHEAD = NARROW ? GEMM_STAGES - 5 : GEMM_STAGES - 2;  // steps that were asked for before a step is multiplied
-    const Tiles tiles{(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, (p.rows + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER), p.splits, p.columns / STEP_COLUMNS};
-    const int thread = thread_index(), group = thread / 128, first = NARROW ? group : 0;
-    const u32 store = ring.shared + GEMM_RING + group * STORE_BYTES, offsets = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+    const u32 group = thread_index() / 128, first = NARROW ? group : 0;
+    const u32 offsets = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+    Product& shared_product = *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES);
+    const volatile Product& p = shared_product;
     auto ask = [&](int item, int ahead) {  // for the tokens of one more step
         if (WGMMA) {
-            if (thread == 0)
-                if (const u8* from = tiles.tokens_ahead(p.input, item, ahead)) ring.fill(from);
+            if (thread_index() == 0)
+                if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from);
         } else {
-            if (const u8* from = tiles.tokens_ahead(p.input, item, ahead)) ring.fill(from);
+            if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from);
             copy_commit();
         }
     };
     if (WGMMA) fence_async();
     __syncthreads();  // what other phases did with this memory is done
-    for (int step = thread; step < tiles.steps; step += PREFILL_THREADS)
-        store_shared2(offsets + 8 * step, tile_offset(p.columns, 2 * step), tile_offset(p.columns, 2 * step + 1));
+    for (int step = thread_index(); step < given.columns / STEP_COLUMNS; step += PREFILL_THREADS)
+        store_shared2(offsets + 8 * step, tile_offset(given.columns, 2 * step), tile_offset(given.columns, 2 * step + 1));
+    if (thread_index() == 0) shared_product = given;
+    __syncthreads();
     int item = block_index() / CLUSTER;
 #pragma unroll 1
     for (int i = 0; i < AHEAD; ++i) ask(item, i);
-    __syncthreads();  // the offsets are there
     StepWeights next;
-    if (item < tiles.count()) WeightPlace(a, p, tiles.row_tile(item), offsets).load(next, min(tiles.first_step(item) + first, tiles.steps - 1));
+    auto load_first = [&] {
+        if (item >= tile_count(p)) return;
+        Tile tile(p, item);
+        WeightPlace(a, p, tile.row_tile, offsets).load(next, min(tile.first + (int)first, p.columns / STEP_COLUMNS - 1));
+    };
+    load_first();
 #pragma unroll 1
-    while (item < tiles.count()) {
-        int steps = tiles.end_step(item) - tiles.first_step(item);
+    while (item < tile_count(p)) {
         TokenFragments acc;
 #pragma unroll
         for (int j = 0; j < TOKEN_FRAGMENTS; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
         {
-            WeightPlace place(a, p, tiles.row_tile(item), offsets + 8 * tiles.first_step(item));
+            Tile tile(p, item);
+            int steps = tile.steps;
+            WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
 #pragma unroll 1
             for (int step = first; step < steps; step += STRIDE) {
                 StepWeights weights = next;
                 if (step + STRIDE < steps) place.load(next, step + STRIDE);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-                if (thread < 32) {
+                if (thread_index() < 32) {
 #pragma unroll 1
                     for (int i = 0; i < STRIDE && step + i < steps; ++i) ask(item, step + i + AHEAD);
                     __syncwarp();
@@ -255,13 +270,12 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
                 multiply_step(acc, weights, ring.stage(ring.used + step));
 #endif
             }
+            ring.used += steps;
         }
-        ring.used += steps;
-        int done = item;
         item += gridDim.x / CLUSTER;
-        if (item < tiles.count()) WeightPlace(a, p, tiles.row_tile(item), offsets).load(next, min(tiles.first_step(item) + first, tiles.steps - 1));
+        load_first();
         if (NARROW) {
-            u32 sums = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + thread % 128 * 16;
+            u32 sums = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + thread_index() % 128 * 16;
             __syncthreads();  // the sums of the tile before are read
             if (group)
 #pragma unroll
@@ -278,7 +292,9 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
                     acc[j][0] += __uint_as_float(v.x), acc[j][1] += __uint_as_float(v.y), acc[j][2] += __uint_as_float(v.z), acc[j][3] += __uint_as_float(v.w);
                 }
         }
-        finish_tile(a, p, tiles.row_tile(done) * ROW_TILE + (NARROW ? 0 : group * 64), tiles.token_tile(done) * TOKEN_TILE, tiles.split(done), acc, store);
+        Tile tile(p, item - gridDim.x / CLUSTER);
+        finish_tile(a, p, tile.row_tile * ROW_TILE + (NARROW ? 0 : group * 64), tile.token_tile * TOKEN_TILE, tile.split, acc,
+                    ring.shared + GEMM_RING + group * STORE_BYTES);
     }
     copy_wait<0>();
 }
@@ -355,7 +371,7 @@ __device__ __forceinline__ void store_activation(u16* activated, int row, int to
     }
     }
 
-__device__ __forceinline__ void finish_tile(const PrefillArguments& a, const Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer) {
+__device__ __forceinline__ void finish_tile(const PrefillArguments& a, const volatile Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer) {
     static_assert(LINEAR_STRIDE % 64 == 0 && FULL_STRIDE % 64 == 0 && HIDDEN % 64 == 0 && INTERMEDIATE % 32 == 0, "a group's rows are of one kind");
     int warp_row = row + thread_index() % 128 / 32 * 16;
     if (p.finish == ACTIVATION) {

@@ -6,8 +6,7 @@
 // Sixteen bytes (8 columns) of a row of the embedding. A tied embedding is the LM head on the tape.
 __device__ __forceinline__ uint4 embedding(const PrefillArguments& a, int token, int column) {
     if (!TIED) return __ldg((const uint4*)(a.embedding + (long long)token * HIDDEN + column));
-    Product head{4 * LAYERS, VOCAB, HIDDEN};
-    return __ldg((const uint4*)(group_place(a, head, token / 8) + tile_offset(HIDDEN, column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
+    return __ldg((const uint4*)(group_place(a, 4 * LAYERS, VOCAB, HIDDEN, token / 8) + tile_offset(HIDDEN, column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
 }
 
 // A token's row is the work of two warps; each lane has ROW_VECTORS times four columns of it.

@@ -10,6 +10,10 @@ __device__ __forceinline__ void hold4(float (&v)[4]) { asm volatile("" : "+f"(v[
 
 // K-major operand with the 128-byte swizzle: 8 rows are 1,024 bytes. 16 columns further: + 2.
 __device__ __forceinline__ u64 wgmma_operand(u32 shared) { return (u64)(shared >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+// Operand whose 16 rows of the product's depth are the rows in memory, in blocks of 64 columns `block_bytes` apart.
+__device__ __forceinline__ u64 wgmma_transposed(u32 shared, u32 block_bytes) {
+    return (u64)(shared >> 4 & 0x3FFF) | (u64)(block_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>

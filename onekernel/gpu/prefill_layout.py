@@ -129,13 +129,13 @@ class PrefillLayout:
         """In how many parts the keys are dealt, so that all blocks have work (attention_wgmma.cuh)."""
         s = self.shape
         rows = 64 // (s.heads // s.kv_heads)
-        items = -(-tokens // (3 * rows)) * s.kv_heads
-        key_tiles = -(-(position + tokens) // 32)
+        items = -(-tokens // (2 * rows)) * s.kv_heads
+        key_tiles = -(-(position + tokens) // 64)
 
         def cost(splits: int) -> float:
-            """In tiles of keys; a part costs as much as four of them, and what is written and read back its bytes."""
+            """In tiles of keys; a part costs as much as three of them, and what is written and read back its bytes."""
             waves = -(-items * splits // self.blocks)
-            return waves * (-(-key_tiles // splits) + 4.0) + (splits > 1) * (4.0 + tokens * splits * s.heads / 5000)
+            return waves * (-(-key_tiles // splits) + 3.0) + (splits > 1) * (3.0 + tokens * splits * s.heads / 8000)
 
         most = max(1, min(self.blocks // s.kv_heads, SPLIT_ROWS // tokens))
         return min(range(1, most + 1), key=cost)
@@ -176,11 +176,11 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
 
 
 def wgmma_source(tokens: int) -> str:
-    """The wgmma instructions: weights times `tokens` tokens, queries times 32 keys, their weights times 256 values."""
+    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, their weights times 256 values."""
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 {_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
-{_wgmma("wgmma_scores", 32, from_registers=False, transposed=False)}
+{_wgmma("wgmma_scores", 64, from_registers=False, transposed=False)}
 {_wgmma("wgmma_values", 256, from_registers=True, transposed=True)}
 #endif
 """

@@ -1,23 +1,29 @@
 // Causal attention on sm_90a: as in attention.cuh, with wgmma.
 //
-// An item is (kv head, tokens, part of the keys). Each of the block's three groups of four warps has 64 rows, one a token
-// and query head; they read the same tiles of KEY_TILE keys. Queries, keys and values lie in blocks of 64 dims, each with
-// rows of 128 bytes. Where there are too few items for all SMs, the keys are dealt to several (`attention_splits`), which
+// An item is (kv head, tokens, part of the keys). Two groups of four warps have 64 rows each, one a token and query head, and
+// read the same tiles of WIDE_KEYS keys; the third group loads these, and lends the others its registers. Queries, keys
+// and values lie in blocks of 64 dims, each with rows of 128 bytes. Where there are too few items for all SMs, the keys are dealt to several (`attention_splits`), which
 // leave unscaled sums with their maximum, and `merge_attention` adds them up.
 #pragma once
 
 #include "prefill/attention.cuh"
 #include "primitive/wgmma.cuh"
 
-constexpr int ATTENTION_TILES = PREFILL_WARPS / 4;  // groups of four warps, each with rows of its own
+constexpr int ATTENTION_TILES = 2;  // groups of four warps that multiply, each with rows of its own
+constexpr int WIDE_KEYS = 64;       // of a tile
+constexpr int WIDE_STAGE = 2 * WIDE_KEYS * KEY_ROW;
 constexpr int TOKENS_AN_ITEM = ATTENTION_TILES * TOKENS_A_TILE;
 constexpr int DIM_BLOCKS = HEAD_DIM / 64;
 constexpr int WIDE_QUERY_BYTES = QUERY_ROWS * KEY_ROW;
-constexpr int WIDE_STAGES = 3;
-constexpr int WIDE_ATTENTION_BYTES = ATTENTION_TILES * WIDE_QUERY_BYTES + WIDE_STAGES * KEY_STAGE;
+constexpr int WIDE_STAGES = 2;
+constexpr int WIDE_ATTENTION_BYTES = ATTENTION_TILES * WIDE_QUERY_BYTES + WIDE_STAGES * WIDE_STAGE;
 static_assert(WIDE_ATTENTION_BYTES >= ATTENTION_TILES * QUERY_ROWS * HEAD_DIM * 4, "the output waits there in float32");
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// From 168 registers a thread, and back. All of a group of four warps together.
+__device__ __forceinline__ void return_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 168;"); }
+__device__ __forceinline__ void regain_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 168;"); }
 
 // Of a row of 256 dims in blocks of 64: the place of 16 bytes, with ROWS rows a block.
 template <int ROWS>
@@ -25,78 +31,100 @@ __device__ __forceinline__ u32 block_place(int row, int chunk) {
     return chunk / 8 * (ROWS * 128) + swizzled<128>(row, chunk % 8);
 }
 
-// Addresses and the like are computed anew where they are needed (`hidden`): the output needs the registers.
-__device__ __forceinline__ void load_keys(const PrefillArguments& a, int layer_index, int kv_head, int first_key, int last_key, u32 stage) {
-    FullLayer layer = full_layer(a, hidden(layer_index));
-    long long to_values = layer.values - layer.keys, head_offset = (long long)hidden(kv_head) * a.max_context * HEAD_DIM;
-#pragma unroll 2
-    for (int i = thread_index(); i < KEY_TILE * 32; i += PREFILL_THREADS) {
+__device__ __forceinline__ void load_keys(const PrefillArguments& a, const u16* keys, long long to_values, int first_key, int last_key, u32 stage) {
+#pragma unroll 4
+    for (int i = thread_index() % 128; i < WIDE_KEYS * 32; i += 128) {
         int row = i / 32, chunk = i % 32;
-        const u16* key = layer.keys + head_offset + (long long)min(first_key + row, last_key) * HEAD_DIM + 8 * chunk;
-        u32 to = stage + block_place<KEY_TILE>(row, chunk);
+        const u16* key = keys + (long long)min(first_key + row, last_key) * HEAD_DIM + 8 * chunk;
+        u32 to = stage + block_place<WIDE_KEYS>(row, chunk);
         copy_async16(to, key);
-        copy_async16(to + KEY_TILE * KEY_ROW, key + to_values);
+        copy_async16(to + WIDE_KEYS * KEY_ROW, key + to_values);
     }
 }
 
-__device__ __forceinline__ void attend_item(const PrefillArguments& a, int layer, int kv_head, int tile, int split, u8* memory) {
-    const int first_token = tile * TOKENS_AN_ITEM, own_token = first_token + thread_index() / 128 * TOKENS_A_TILE;
-    const int last = a.position + min(first_token + TOKENS_AN_ITEM, a.tokens) - 1;
-    const int first_tile = (last / KEY_TILE + 1) * split / a.attention_splits, end_tile = (last / KEY_TILE + 1) * (split + 1) / a.attention_splits;
-    const u32 shared = shared_address(memory), stages = shared + ATTENTION_TILES * WIDE_QUERY_BYTES;
+// One item of attention, from its number.
+struct AttentionItem {
+    int kv_head, split, first_token, last_key, first_tile, end_tile;
 
+    __device__ __forceinline__ AttentionItem(const PrefillArguments& a, int item) {
+        int tiles = (a.tokens + TOKENS_AN_ITEM - 1) / TOKENS_AN_ITEM;
+        kv_head = item % KV_HEADS, split = item / KV_HEADS % a.attention_splits;
+        first_token = (tiles - 1 - item / KV_HEADS / a.attention_splits) * TOKENS_AN_ITEM;  // the last tokens have the most keys: they come first
+        last_key = a.position + min(first_token + TOKENS_AN_ITEM, a.tokens) - 1;
+        int key_tiles = last_key / WIDE_KEYS + 1;
+        first_tile = key_tiles * split / a.attention_splits, end_tile = key_tiles * (split + 1) / a.attention_splits;
+    }
+};
+__device__ __forceinline__ int attention_items(const PrefillArguments& a) { return (a.tokens + TOKENS_AN_ITEM - 1) / TOKENS_AN_ITEM * KV_HEADS * a.attention_splits; }
+
+// The part of the third group: queries, then one tile of keys after the other.
+__device__ __forceinline__ void load_item(const PrefillArguments& a, int layer, int number, u32 shared) {
+    AttentionItem item(a, number);
+    const u32 stages = shared + ATTENTION_TILES * WIDE_QUERY_BYTES;
+    FullLayer l = full_layer(a, layer);
+    const u16* keys = l.keys + (long long)item.kv_head * a.max_context * HEAD_DIM;
+    const long long to_values = l.values - l.keys;
     __syncthreads();  // shared memory is free
 #pragma unroll 2
-    for (int i = thread_index(); i < ATTENTION_TILES * QUERY_ROWS * 32; i += PREFILL_THREADS) {
+    for (int i = thread_index() % 128; i < ATTENTION_TILES * QUERY_ROWS * 32; i += 128) {
         int row = i / 32 % QUERY_ROWS, of = i / 32 / QUERY_ROWS;
-        int token = min(first_token + of * TOKENS_A_TILE + row / GROUP_QUERIES, a.tokens - 1), head = kv_head * GROUP_QUERIES + row % GROUP_QUERIES;
+        int token = min(item.first_token + of * TOKENS_A_TILE + row / GROUP_QUERIES, a.tokens - 1), head = item.kv_head * GROUP_QUERIES + row % GROUP_QUERIES;
         copy_async16(shared + of * WIDE_QUERY_BYTES + block_place<QUERY_ROWS>(row, i % 32),
                      a.projected + (long long)token * FULL_STRIDE + head * 2 * HEAD_DIM + 8 * (i % 32));
     }
+    if (item.first_tile < item.end_tile) load_keys(a, keys, to_values, item.first_tile * WIDE_KEYS, item.last_key, stages);
+    copy_commit();
 #pragma unroll 1
-    for (int i = 0; i < WIDE_STAGES - 1; ++i) {
-        if (first_tile + i < end_tile) load_keys(a, layer, kv_head, (first_tile + i) * KEY_TILE, last, stages + i * KEY_STAGE);
+    for (int key_tile = item.first_tile; key_tile < item.end_tile; ++key_tile) {
+        copy_wait<0>();
+        fence_async();
+        __syncthreads();  // the tile is there, and the one before is read
+        if (key_tile + 1 < item.end_tile)
+            load_keys(a, keys, to_values, (key_tile + 1) * WIDE_KEYS, item.last_key, stages + (key_tile + 1 - item.first_tile) % 2 * WIDE_STAGE);
         copy_commit();
     }
+    copy_wait<0>();
+    __syncthreads();
+}
+
+__device__ __forceinline__ void attend_item(const PrefillArguments& a, int number, u32 shared) {
+    const int group = thread_index() / 128;
+    const AttentionItem item(a, number);
+    const int own_token = item.first_token + group * TOKENS_A_TILE, kv_head = item.kv_head, split = item.split;
+    const u32 stages = shared + ATTENTION_TILES * WIDE_QUERY_BYTES;
+    __syncthreads();  // shared memory is free
     float out[HEAD_DIM / 8][4];
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0;
     float peak[2] = {-1e30f, -1e30f}, sum[2] = {0, 0};
     auto row = [] { return thread_index() / 32 % 4 * 16 + thread_index() % 32 / 4; };  // the first of this lane's two
-    int slot = 0;
 #pragma unroll 1
-    for (int key_tile = first_tile; key_tile < end_tile; ++key_tile) {
-        copy_wait<WIDE_STAGES - 2>();
-        fence_async();
+    for (int key_tile = item.first_tile; key_tile < item.end_tile; ++key_tile) {
         __syncthreads();  // the tile is there, and the one before is read
-        int next = key_tile + WIDE_STAGES - 1;
-        if (next < end_tile) load_keys(a, layer, kv_head, next * KEY_TILE, last, stages + (slot ? slot - 1 : WIDE_STAGES - 1) * KEY_STAGE);
-        copy_commit();
-        u32 stage = stages + slot * KEY_STAGE;
-        slot = slot + 1 < WIDE_STAGES ? slot + 1 : 0;
-        int first_key = key_tile * KEY_TILE;
+        u32 stage = stages + (key_tile - item.first_tile) % 2 * WIDE_STAGE;
+        int first_key = key_tile * WIDE_KEYS;
         if (own_token >= a.tokens || first_key > a.position + min(own_token + TOKENS_A_TILE, a.tokens) - 1) continue;  // behind this group's tokens
-        float scores[KEY_TILE / 8][4];
+        float scores[WIDE_KEYS / 8][4];
 #pragma unroll
-        for (int n = 0; n < KEY_TILE / 8; ++n) {
+        for (int n = 0; n < WIDE_KEYS / 8; ++n) {
             scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
             hold4(scores[n]);
         }
-        u32 queries = shared + thread_index() / 128 * WIDE_QUERY_BYTES;
+        u32 queries = shared + group * WIDE_QUERY_BYTES;
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; ++k)
-            wgmma_scores(scores, wgmma_operand(queries + k / 4 * (QUERY_ROWS * 128)) + k % 4 * 2, wgmma_operand(stage + k / 4 * (KEY_TILE * 128)) + k % 4 * 2);
+            wgmma_scores(scores, wgmma_operand(queries + k / 4 * (QUERY_ROWS * 128)) + k % 4 * 2, wgmma_operand(stage + k / 4 * (WIDE_KEYS * 128)) + k % 4 * 2);
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
-        for (int n = 0; n < KEY_TILE / 8; ++n) hold4(scores[n]);
+        for (int n = 0; n < WIDE_KEYS / 8; ++n) hold4(scores[n]);
         constexpr float SCALE = 0.0625f * 1.44269504f;  // 1 / sqrt(HEAD_DIM), and exp2 in place of exp
         float highest[2] = {peak[0], peak[1]};
         int first_row = row(), beyond = a.position + own_token - first_key - thread_index() % 4 * 2;  // lane % 4 = thread % 4
         int last[2] = {beyond + first_row / GROUP_QUERIES, beyond + (first_row + 8) / GROUP_QUERIES};
 #pragma unroll
-        for (int n = 0; n < KEY_TILE / 8; ++n)
+        for (int n = 0; n < WIDE_KEYS / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 scores[n][i] = 8 * n + i % 2 <= last[i / 2] ? scores[n][i] * SCALE : -3e38f;
@@ -111,9 +139,9 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int layer
             peak[i] = highest[i];
             sum[i] *= shrink[i];
         }
-        u32 weights[KEY_TILE / 16][4];
+        u32 weights[WIDE_KEYS / 16][4];
 #pragma unroll
-        for (int n = 0; n < KEY_TILE / 8; ++n) {
+        for (int n = 0; n < WIDE_KEYS / 8; ++n) {
             float w[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -130,16 +158,15 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int layer
         for (int n = 0; n < HEAD_DIM / 8; ++n) hold4(out[n]);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < KEY_TILE / 16; ++k)
-            wgmma_values(out, weights[k][0], weights[k][1], weights[k][2], weights[k][3], wgmma_transposed(stage + KEY_TILE * KEY_ROW + k * 2048, KEY_TILE * 128));
+        for (int k = 0; k < WIDE_KEYS / 16; ++k)
+            wgmma_values(out, weights[k][0], weights[k][1], weights[k][2], weights[k][3], wgmma_transposed(stage + WIDE_KEYS * KEY_ROW + k * 2048, WIDE_KEYS * 128));
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n) hold4(out[n]);
     }
-    copy_wait<0>();
     __syncthreads();  // all is read: the output takes the place
-    const int thread = thread_index(), group = thread / 128, lane = thread % 32, own_row = row();
+    const int thread = thread_index(), lane = thread % 32, own_row = row();
     u32 waiting = shared + group * (QUERY_ROWS * HEAD_DIM * 4);
     float scale[2] = {1, 1};
 #pragma unroll
@@ -177,10 +204,18 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int layer
 }
 
 __device__ __forceinline__ void attend_wide(const PrefillArguments& a, int layer, u8* memory) {
-    int tiles = (a.tokens + TOKENS_AN_ITEM - 1) / TOKENS_AN_ITEM, of_a_tile = KV_HEADS * a.attention_splits;
-    // The last tokens have the most keys: they come first.
-    for (int item = block_index(); item < tiles * of_a_tile; item += gridDim.x)
-        attend_item(a, layer, item % KV_HEADS, tiles - 1 - item / of_a_tile, item / KV_HEADS % a.attention_splits, memory);
+    u32 shared = shared_address(memory);
+    if (thread_index() < 128 * ATTENTION_TILES) {
+        take_registers();
+#pragma unroll 1
+        for (int item = block_index(); item < attention_items(a); item += gridDim.x) attend_item(a, item, shared);
+        return_registers();
+    } else {
+        give_registers();
+#pragma unroll 1
+        for (int item = block_index(); item < attention_items(a); item += gridDim.x) load_item(a, layer, item, shared);
+        regain_registers();
+    }
 }
 
 // The parts of each token and head, put together by a warp; lane l has dims 4 l to 4 l + 3 and 128 further.

@@ -20,7 +20,6 @@ MOST_SPLITS = 8
 SPLIT_ROWS = 6400  # tokens times parts of the keys: bounds the scratch memory of attention
 TOKEN_TILE = 176  # tokens that a block multiplies at a time
 NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
-LEAST_STAGES = 3
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
 CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
@@ -38,7 +37,8 @@ class PrefillLayout:
     blocks: int
     token_tile: int
     narrow: bool  # for few tokens: see gemm.cuh
-    gemm_stages: int
+    gemm_stages: int  # steps whose tokens have a place in shared memory
+    weights_ahead: int  # steps whose weights are on their way
     chunk_groups: int
     scan_columns: int
     scan_stages: int
@@ -53,8 +53,9 @@ class PrefillLayout:
             narrow: for up to NARROW_TOKENS tokens, on sm_90a.
         """
         room = shared_memory - SHARED_RESERVED
-        tiles = (64,) if narrow else (TOKEN_TILE, 128, 64, 32)
-        token_tile = next((n for n in tiles if _gemm_bytes(n, LEAST_STAGES, narrow) <= room), 0)
+        depths = ((10, 3), (5, 1)) if narrow else ((4, 3), (4, 2), (3, 1))
+        choices = ((tile, *depth) for tile in ((64,) if narrow else (TOKEN_TILE, 128, 64, 32)) for depth in depths)
+        token_tile, gemm_stages, weights_ahead = next((c for c in choices if _gemm_bytes(*c, narrow) <= room), (0, 0, 0))
         columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
         groups, stages = next(
@@ -63,13 +64,13 @@ class PrefillLayout:
         )
         if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:
             return None
-        most = 16 if narrow else 6
         return cls(
             decode,
             blocks=sm_count,
             token_tile=token_tile,
             narrow=narrow,
-            gemm_stages=max(n for n in range(LEAST_STAGES, most + 1) if _gemm_bytes(token_tile, n, narrow) <= room),
+            gemm_stages=gemm_stages,
+            weights_ahead=weights_ahead,
             chunk_groups=min(3, room // CHUNK_SCRATCH),
             scan_columns=columns,
             scan_stages=scan_stages,
@@ -92,6 +93,7 @@ class PrefillLayout:
             "NARROW_TILES": self.narrow,
             "BLOCK_PAIRS": False,
             "GEMM_STAGES": self.gemm_stages,
+            "GEMM_WEIGHTS_AHEAD": self.weights_ahead,
             "CHUNK_GROUPS": self.chunk_groups,
             "SCAN_COLUMNS": self.scan_columns,
             "SCAN_STAGES": self.scan_stages,
@@ -207,9 +209,11 @@ def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> s
 }}"""
 
 
-def _gemm_bytes(token_tile: int, stages: int, narrow: bool) -> int:
-    sums = 2 * token_tile // 8 * 2048 if narrow else 0
-    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + 3 * 8192 + sums + 8 * 512 + 128
+def _gemm_bytes(token_tile: int, stages: int, ahead: int, narrow: bool) -> int:
+    """Of shared memory (GEMM_BYTES in gemm.cuh, and the barriers)."""
+    tokens, weights = stages * (token_tile * STEP_COLUMNS * 2 + 16), (ahead + 1) * 12 * 2048
+    store = 8192 + 2 * token_tile // 8 * 2048 if narrow else 3 * 8192
+    return tokens + weights + store + 8 * 512 + 128 + 16
 
 
 class PrefillArguments(ctypes.Structure):

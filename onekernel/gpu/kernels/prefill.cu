@@ -20,7 +20,7 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
     larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, WGMMA ? WIDE_ATTENTION_BYTES : ATTENTION_BYTES));
 
-constexpr int BARRIER_BYTES = 16 * GEMM_STAGES;
+constexpr int BARRIER_BYTES = 16 * GEMM_STAGES + 16;
 
 extern "C" __device__ int shared_bytes = PREFILL_SHARED + BARRIER_BYTES + 1024;  // the host reads these before the first launch
 extern "C" __device__ int cluster_blocks = CLUSTER;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
     extern __shared__ u8 unaligned[];
     u8* memory = unaligned + (1024 - (shared_address(unaligned) & 1023)) % 1024;  // the 128-byte swizzle repeats every 1,024
     u32 arrivals = 0;
-    TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, 0, 0};
+    TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, (volatile u32*)(memory + PREFILL_SHARED + 16 * GEMM_STAGES)};
     ring.init();
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
         if (is_empty(a, phase)) continue;

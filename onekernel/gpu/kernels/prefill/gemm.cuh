@@ -1,9 +1,9 @@
 // Weights times activations: y[token, row] = sum over columns of W[row, column] x[token, column].
 //
-// A block makes tiles of ROW_TILE rows x TOKEN_TILE tokens. Warp w has 16 rows of a tile; their weights go straight from
-// the decode kernel's tape to its registers: what a lane finds there (row l / 4, columns 8 (l % 4) and the next seven) is
-// an operand of the tensor cores if the tokens' columns stand in the order of `input_place`. The tokens go through a ring
-// in shared memory, one copy a step of 64 columns; on sm_90a the two blocks of a cluster have the same tokens, and each
+// A block makes tiles of ROW_TILE rows x TOKEN_TILE tokens. Warp w has 16 rows of a tile. What a lane finds of their weights
+// on the decode kernel's tape (row l / 4, columns 8 (l % 4) and the next seven) is an operand of the tensor cores, in
+// registers, if the tokens' columns stand in the order of `input_place`; each lane fetches its own some steps ahead
+// through shared memory. The tokens go through a ring there, one copy a step of 64 columns; on sm_90a the two blocks of a cluster have the same tokens, and each
 // fetches half of them for both.
 //
 // NARROW, for few tokens: a tile has 64 rows, and three groups of four warps take its steps in turn.
@@ -17,12 +17,16 @@ constexpr int TOKEN_FRAGMENTS = TOKEN_TILE / 8;
 constexpr int ROW_GROUPS = PREFILL_WARPS / 4;  // groups of four warps: a group has 64 rows
 constexpr int ROW_TILE = NARROW ? 64 : 64 * ROW_GROUPS;
 constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
+constexpr int WEIGHTS_AHEAD = WGMMA ? GEMM_WEIGHTS_AHEAD : GEMM_STAGES - 2;  // steps whose weights are on their way
+constexpr int WEIGHT_SLOT = PREFILL_WARPS * 2048;
+constexpr int WEIGHT_RING = (WEIGHTS_AHEAD + 1) * WEIGHT_SLOT;  // one more: the last one's weights are just read
 constexpr int STORE_TOKENS = 64;                           // that a group hands to memory at a time
 constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
 constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
 constexpr int OFFSET_BYTES = 8 * 512;                       // of the steps of the longest row
 constexpr int PRODUCT_BYTES = 128;
-constexpr int GEMM_BYTES = GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES + PRODUCT_BYTES;
+constexpr int STORE_GROUPS = NARROW ? 1 : ROW_GROUPS;
+constexpr int GEMM_BYTES = GEMM_RING + WEIGHT_RING + STORE_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES + PRODUCT_BYTES;
 static_assert(TOKEN_TILE % 16 == 0, "fragments of tokens go in pairs");
 
 using TokenFragments = float[TOKEN_FRAGMENTS][4];
@@ -74,10 +78,10 @@ struct WeightPlace {
         high = group_place(a, matrix, rows, columns, group + 1) + thread % 32 * 16;
         offsets = offsets_;
     }
-    __device__ __forceinline__ void load(StepWeights& w, int step) const {
+    __device__ __forceinline__ void fetch(u32 to, int step) const {
         uint2 at = load_shared2(offsets + 8 * step);
-        w.low[0] = load_stream(low + at.x), w.high[0] = load_stream(high + at.x);
-        w.low[1] = load_stream(low + at.y), w.high[1] = load_stream(high + at.y);
+        copy_async16(to, low + at.x), copy_async16(to + 512, high + at.x);
+        copy_async16(to + 1024, low + at.y), copy_async16(to + 1536, high + at.y);
     }
 };
 
@@ -127,8 +131,8 @@ __device__ __forceinline__ void multiply_step(TokenFragments& acc, const StepWei
 struct TokenRing {
     u32 shared;    // address of the stages
     u32 barriers;  // address of GEMM_STAGES barriers "full" and as many "free" (sm_90a)
-    u32 filled;    // steps so far that were asked for (on sm_90a, as thread 0 knows)
-    u32 used;      // steps so far that were multiplied
+    volatile u32* used;  // in shared memory: steps so far that were multiplied
+
 
     __device__ __forceinline__ u32 stage(u32 step) const { return shared + step % GEMM_STAGES * TOKENS_BYTES; }
 
@@ -139,6 +143,7 @@ struct TokenRing {
     // By all threads, before anything else.
     __device__ __forceinline__ void init() {
         if (thread_index() == 0) {
+            *used = 0;
             for (int i = 0; i < GEMM_STAGES; ++i) {
                 barrier_init(full(i), 1);
                 barrier_init(free(i), NARROW ? CLUSTER : ROW_GROUPS * CLUSTER);
@@ -150,7 +155,7 @@ struct TokenRing {
     // The other block may still be about to arrive here.
     __device__ __forceinline__ void close() const { cluster_barrier(); }
     // By thread 0.
-    __device__ __forceinline__ void fill(const u8* from) {
+    __device__ __forceinline__ void fill(const u8* from, u32 filled) {
         if (filled >= GEMM_STAGES) barrier_wait_cluster(free(filled), filled / GEMM_STAGES - 1 & 1);
         barrier_expect(full(filled), TOKENS_BYTES);
         u32 part = cluster_rank() * (TOKENS_BYTES / CLUSTER);
@@ -158,7 +163,6 @@ struct TokenRing {
             bulk_load_pair(stage(filled) + part, from + part, TOKENS_BYTES / CLUSTER, full(filled));
         else
             bulk_load(stage(filled), from, TOKENS_BYTES, full(filled));
-        ++filled;
     }
     __device__ __forceinline__ void await(u32 step) const { barrier_wait(full(step), step / GEMM_STAGES & 1); }
     // By all warps that read the step.
@@ -169,13 +173,14 @@ struct TokenRing {
         }
     }
 #else
-    __device__ __forceinline__ void init() {}
+    __device__ __forceinline__ void init() {
+        if (thread_index() == 0) *used = 0;
+    }
     __device__ __forceinline__ void close() const {}
     // By all threads.
-    __device__ __forceinline__ void fill(const u8* from) {
+    __device__ __forceinline__ void fill(const u8* from, u32 step) {
 #pragma unroll 2
-        for (int at = thread_index() * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(filled) + at, from + at);
-        ++filled;
+        for (int at = thread_index() * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(step) + at, from + at);
     }
 #endif
 };
@@ -213,16 +218,16 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
     constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;                  // of the steps that a group takes
     constexpr int AHEAD = NARROW ? GEMM_STAGES - 5 : GEMM_STAGES - 2;  // steps that were asked for before a step is multiplied
     const u32 group = thread_index() / 128, first = NARROW ? group : 0;
-    const u32 offsets = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+    const u32 offsets = ring.shared + GEMM_RING + WEIGHT_RING + STORE_GROUPS * STORE_BYTES + SUM_BYTES;
     Product& shared_product = *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES);
     const volatile Product& p = shared_product;
+    u32 used = *ring.used;
     auto ask = [&](int item, int ahead) {  // for the tokens of one more step
         if (WGMMA) {
             if (thread_index() == 0)
-                if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from);
+                if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from, used + ahead);
         } else {
-            if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from);
-            copy_commit();
+            if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from, used + ahead);
         }
     };
     if (WGMMA) fence_async();
@@ -234,13 +239,21 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
     int item = block_index() / CLUSTER;
 #pragma unroll 1
     for (int i = 0; i < AHEAD; ++i) ask(item, i);
-    StepWeights next;
-    auto load_first = [&] {
+    const u32 weights = ring.shared + GEMM_RING + thread_index() / 32 * 2048 + thread_index() % 32 * 16;
+    u32 slot = 0;  // of the weights of the next step
+    auto fetch_first = [&] {  // weights of the first steps of `item`
         if (item >= tile_count(p)) return;
         Tile tile(p, item);
-        WeightPlace(a, p, tile.row_tile, offsets).load(next, min(tile.first + (int)first, p.columns / STEP_COLUMNS - 1));
+        WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
+        u32 to = slot;
+#pragma unroll 1
+        for (int i = 0; i < WEIGHTS_AHEAD; ++i) {
+            if (first + i * STRIDE < tile.steps) place.fetch(weights + to * WEIGHT_SLOT, first + i * STRIDE);
+            copy_commit();
+            to = to < WEIGHTS_AHEAD ? to + 1 : 0;
+        }
     };
-    load_first();
+    fetch_first();
 #pragma unroll 1
     while (item < tile_count(p)) {
         TokenFragments acc;
@@ -252,30 +265,37 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
             WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
 #pragma unroll 1
             for (int step = first; step < steps; step += STRIDE) {
-                StepWeights weights = next;
-                if (step + STRIDE < steps) place.load(next, step + STRIDE);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
                 if (thread_index() < 32) {
 #pragma unroll 1
                     for (int i = 0; i < STRIDE && step + i < steps; ++i) ask(item, step + i + AHEAD);
                     __syncwarp();
                 }
-                ring.await(ring.used + step);
-                multiply_step(acc, weights, ring.stage(ring.used + step));
-                ring.release(ring.used + step);
+                copy_wait<WEIGHTS_AHEAD - 1>();
+                ring.await(used + step);
 #else
-                copy_wait<GEMM_STAGES - 3>();
+                copy_wait<WEIGHTS_AHEAD - 1>();  // and the tokens
                 __syncthreads();
                 ask(item, step + AHEAD);
-                multiply_step(acc, weights, ring.stage(ring.used + step));
+#endif
+                StepWeights w;
+                u32 from = weights + slot * WEIGHT_SLOT;
+                w.low[0] = load_shared4(from), w.high[0] = load_shared4(from + 512), w.low[1] = load_shared4(from + 1024), w.high[1] = load_shared4(from + 1536);
+                u32 before = slot ? slot - 1 : WEIGHTS_AHEAD;
+                slot = slot < WEIGHTS_AHEAD ? slot + 1 : 0;
+                if (step + WEIGHTS_AHEAD * STRIDE < steps) place.fetch(weights + before * WEIGHT_SLOT, step + WEIGHTS_AHEAD * STRIDE);
+                copy_commit();
+                multiply_step(acc, w, ring.stage(used + step));
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+                ring.release(used + step);
 #endif
             }
-            ring.used += steps;
+            used += steps;
         }
         item += gridDim.x / CLUSTER;
-        load_first();
+        fetch_first();
         if (NARROW) {
-            u32 sums = ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES + thread_index() % 128 * 16;
+            u32 sums = ring.shared + GEMM_RING + WEIGHT_RING + STORE_GROUPS * STORE_BYTES + thread_index() % 128 * 16;
             __syncthreads();  // the sums of the tile before are read
             if (group)
 #pragma unroll
@@ -294,9 +314,10 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
         }
         Tile tile(p, item - gridDim.x / CLUSTER);
         finish_tile(a, p, tile.row_tile * ROW_TILE + (NARROW ? 0 : group * 64), tile.token_tile * TOKEN_TILE, tile.split, acc,
-                    ring.shared + GEMM_RING + group * STORE_BYTES);
+                    ring.shared + GEMM_RING + WEIGHT_RING + group * STORE_BYTES);
     }
     copy_wait<0>();
+    if (thread_index() == 0) *ring.used = used;  // the barriers between phases show it to all
 }
 
 // ---- finishes: what becomes of the accumulators ----

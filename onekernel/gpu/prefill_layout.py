@@ -56,7 +56,7 @@ class PrefillLayout:
         depths = ((10, 3), (5, 1)) if narrow else ((4, 3), (4, 2), (3, 1))
         choices = ((tile, *depth) for tile in ((64,) if narrow else (TOKEN_TILE, 128, 64, 32)) for depth in depths)
         token_tile, gemm_stages, weights_ahead = next((c for c in choices if _gemm_bytes(*c, narrow) <= room), (0, 0, 0))
-        columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
+        columns = next(n for n in (32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
         groups, stages = next(
             ((g, s) for g, s in ((3, 2), (2, 2), (1, 2)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),

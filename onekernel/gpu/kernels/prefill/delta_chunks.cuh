@@ -45,6 +45,33 @@ struct Convolution {
     }
 };
 
+// beta and the cumulative decay; by one warp.
+__device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
+    int lane = thread_index() % 32;
+    float decay[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        int token = first_token + 2 * lane + i;
+        float beta = 0;
+        decay[i] = 0;
+        if (token < a.tokens) {
+            const float* gates = a.gates + (long long)token * GATE_STRIDE + head;
+            beta = quick_sigmoid(gates[0]);
+            float x = gates[VALUE_HEADS] + load_constant(layer.dt_bias + head);
+            decay[i] = load_constant(layer.negative_decay_rate + head) * (x > 20.0f ? x : log1pf(__expf(x)));
+        }
+        s.beta[2 * lane + i] = beta;
+    }
+    float total = decay[0] + decay[1];
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        float before = __shfl_up_sync(0xFFFFFFFFu, total, offset);
+        if (lane >= offset) total += before;
+    }
+    s.total[2 * lane] = total - decay[1];
+    s.total[2 * lane + 1] = total;
+}
+
 // Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
 // Lane l has dims 4 l to 4 l + 3 of all 16, so that their chains of dependent steps overlap.
 __device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
@@ -62,6 +89,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
     copy_commit();
     Convolution next;
     next.load(a, layer, first_token + first_row, part_channel(0, head) + 4 * lane);
+    if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);  // while the copies are on their way
 #pragma unroll 1
     for (int part = 0; part < 3; ++part) {
         Convolution c = next;
@@ -98,33 +126,6 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
             store_shared2(at + swizzled<HEAD_ROW>(row, lane / 2), low, high);
         }
     }
-}
-
-// beta and the cumulative decay; by one warp.
-__device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
-    int lane = thread_index() % 32;
-    float decay[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        int token = first_token + 2 * lane + i;
-        float beta = 0;
-        decay[i] = 0;
-        if (token < a.tokens) {
-            const float* gates = a.gates + (long long)token * GATE_STRIDE + head;
-            beta = quick_sigmoid(gates[0]);
-            float x = gates[VALUE_HEADS] + load_constant(layer.dt_bias + head);
-            decay[i] = load_constant(layer.negative_decay_rate + head) * (x > 20.0f ? x : log1pf(__expf(x)));
-        }
-        s.beta[2 * lane + i] = beta;
-    }
-    float total = decay[0] + decay[1];
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        float before = __shfl_up_sync(0xFFFFFFFFu, total, offset);
-        if (lane >= offset) total += before;
-    }
-    s.total[2 * lane] = total - decay[1];
-    s.total[2 * lane + 1] = total;
 }
 
 // solve = (I + solve)^-1 for a strictly lower triangular matrix, in float32: diagonal blocks of 16 by substitution, then
@@ -262,7 +263,6 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_token = chunk * CHUNK;
     u8* item = a.items + (long long)(chunk * VALUE_HEADS + head) * ITEM_BYTES;
     u32 query = shared_address(s.query), key = shared_address(s.key);
-    if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);
     convolve(a, layer, first_token, head, s);
     group_barrier(barrier, 128);
 

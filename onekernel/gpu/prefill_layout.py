@@ -11,14 +11,12 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.gpu import tape
 from onekernel.gpu.layout import Layout, enums
 
-PREFILL_THREADS = 384
 ROW_TILE = 192  # rows of a weight matrix that a block multiplies at a time
 STEP_COLUMNS = 64
 CHUNK = 64  # tokens of the delta rule that are solved together
 MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
 MOST_SPLITS = 8
 SPLIT_ROWS = 6400  # tokens times parts of the keys: bounds the scratch memory of attention
-TOKEN_TILE = 176  # tokens that a block multiplies at a time
 NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
@@ -38,7 +36,6 @@ class PrefillLayout:
     token_tile: int
     narrow: bool  # for few tokens: see gemm.cuh
     gemm_stages: int  # steps whose tokens have a place in shared memory
-    weights_ahead: int  # steps whose weights are on their way
     chunk_groups: int
     scan_columns: int
     scan_stages: int
@@ -46,16 +43,19 @@ class PrefillLayout:
     attention_stages: int
 
     @classmethod
-    def plan(cls, decode: Layout, sm_count: int, shared_memory: int, narrow: bool = False) -> PrefillLayout | None:
+    def plan(
+        cls, decode: Layout, sm_count: int, shared_memory: int, arch: str, narrow: bool = False
+    ) -> PrefillLayout | None:
         """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75).
 
         Args:
             narrow: for up to NARROW_TOKENS tokens, on sm_90a.
         """
         room = shared_memory - SHARED_RESERVED
-        depths = ((10, 3), (5, 1)) if narrow else ((4, 3), (4, 2), (3, 1))
-        choices = ((tile, *depth) for tile in ((64,) if narrow else (TOKEN_TILE, 128, 64, 32)) for depth in depths)
-        token_tile, gemm_stages, weights_ahead = next((c for c in choices if _gemm_bytes(*c, narrow) <= room), (0, 0, 0))
+        wgmma = arch == "sm_90a"
+        tiles = (64,) if narrow else (192,) if wgmma else (176, 128, 64, 32)
+        choices = ((tile, stages) for tile in tiles for stages in ((12 if narrow else 6, 4, 3) if wgmma else (4, 3)))
+        token_tile, gemm_stages = next((c for c in choices if _gemm_bytes(*c, wgmma, narrow) <= room), (0, 0))
         columns = next(n for n in (32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
         groups, stages = next(
@@ -70,8 +70,7 @@ class PrefillLayout:
             token_tile=token_tile,
             narrow=narrow,
             gemm_stages=gemm_stages,
-            weights_ahead=weights_ahead,
-            chunk_groups=min(3, room // CHUNK_SCRATCH),
+            chunk_groups=min(4 if wgmma else 3, room // CHUNK_SCRATCH),
             scan_columns=columns,
             scan_stages=scan_stages,
             attention_groups=groups,
@@ -91,9 +90,7 @@ class PrefillLayout:
         return self.decode.constants() | {
             "TOKEN_TILE": self.token_tile,
             "NARROW_TILES": self.narrow,
-            "BLOCK_PAIRS": False,
             "GEMM_STAGES": self.gemm_stages,
-            "GEMM_WEIGHTS_AHEAD": self.weights_ahead,
             "CHUNK_GROUPS": self.chunk_groups,
             "SCAN_COLUMNS": self.scan_columns,
             "SCAN_STAGES": self.scan_stages,
@@ -209,11 +206,11 @@ def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> s
 }}"""
 
 
-def _gemm_bytes(token_tile: int, stages: int, ahead: int, narrow: bool) -> int:
+def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
     """Of shared memory (GEMM_BYTES in gemm.cuh, and the barriers)."""
-    tokens, weights = stages * (token_tile * STEP_COLUMNS * 2 + 16), (ahead + 1) * 12 * 2048
-    store = 8192 + 2 * token_tile // 8 * 2048 if narrow else 3 * 8192
-    return tokens + weights + store + 8 * 512 + 128 + 16
+    weights = 0 if wgmma else (stages - 1) * 12 * 2048
+    sums = 2 * token_tile // 8 * 2048 if narrow else 0
+    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + weights + 3 * 8192 + sums + 8 * 512 + 128 + 16
 
 
 class PrefillArguments(ctypes.Structure):

@@ -18,7 +18,6 @@ from onekernel.gpu.memory import DeviceBuffer
 from onekernel.gpu.prefill_layout import (
     MOST_CHUNK_TOKENS,
     NARROW_TOKENS,
-    PREFILL_THREADS,
     PrefillArguments,
     PrefillLayout,
     matrix_offsets,
@@ -40,30 +39,11 @@ class _Kernel:
         self.layout = layout
         self.module = check(driver.cuModuleLoadData(compile_cached(prefill_source(layout), gpu.arch, "prefill")))
         self.function = check(driver.cuModuleGetFunction(self.module, b"prefill"))
-        self.shared_bytes, cluster = self._constant(b"shared_bytes"), self._constant(b"cluster_blocks")
+        self.shared_bytes, self.threads = self._constant(b"shared_bytes"), self._constant(b"block_threads")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self.function, attribute, self.shared_bytes))
-        attributes = []
-        for name, value in (("COOPERATIVE", 1), ("CLUSTER_DIMENSION", cluster)):
-            if name == "CLUSTER_DIMENSION" and cluster == 1:
-                continue
-            one = driver.CUlaunchAttribute()
-            one.id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
-            if name == "COOPERATIVE":
-                one.value.cooperative = value
-            else:
-                one.value.clusterDim.x, one.value.clusterDim.y, one.value.clusterDim.z = value, 1, 1
-            attributes.append(one)
-        self.config = driver.CUlaunchConfig()
-        self.config.gridDimX, self.config.gridDimY, self.config.gridDimZ = layout.blocks, 1, 1
-        self.config.blockDimX, self.config.blockDimY, self.config.blockDimZ = PREFILL_THREADS, 1, 1
-        self.config.sharedMemBytes = self.shared_bytes
-        self.config.attrs, self.config.numAttrs = attributes, len(attributes)
-        if cluster > 1:
-            resident = cluster * check(driver.cuOccupancyMaxActiveClusters(self.function, self.config))
-        else:
-            occupancy = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
-            resident = gpu.sm_count * check(occupancy(self.function, PREFILL_THREADS, self.shared_bytes))
+        occupancy = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        resident = gpu.sm_count * check(occupancy(self.function, self.threads, self.shared_bytes))
         if resident < layout.blocks:
             raise BackendError(
                 f"the prefill kernel's {layout.blocks} blocks do not fit on {gpu.name} together "
@@ -74,8 +54,9 @@ class _Kernel:
         from cuda.bindings import driver
 
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        self.config.hStream = stream
-        check(driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(pointers), 0))
+        grid, block = (self.layout.blocks, 1, 1), (self.threads, 1, 1)
+        launch = driver.cuLaunchCooperativeKernel
+        check(launch(self.function, *grid, *block, self.shared_bytes, stream, ctypes.addressof(pointers)))
 
     def close(self) -> None:
         from cuda.bindings import driver
@@ -105,7 +86,7 @@ class Prefiller:
         self._wide = _Kernel(gpu, layout)
         self._narrow: _Kernel | None = None
         if gpu.arch == "sm_90a":
-            narrow = PrefillLayout.plan(layout.decode, gpu.sm_count, gpu.shared_memory, narrow=True)
+            narrow = PrefillLayout.plan(layout.decode, gpu.sm_count, gpu.shared_memory, gpu.arch, narrow=True)
             self._narrow = _Kernel(gpu, narrow) if narrow else None
         self.matrix_offsets = DeviceBuffer.of(matrix_offsets(self.shape, layout.decode.blocks))
         self.barrier = DeviceBuffer(4)

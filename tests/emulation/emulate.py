@@ -15,7 +15,7 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import Weights
 from onekernel.gpu import parameters, tape
 from onekernel.gpu.decoder import cache_bytes, recurrent_bytes
-from onekernel.gpu.prefill_layout import PREFILL_THREADS, PrefillArguments, PrefillLayout, matrix_offsets
+from onekernel.gpu.prefill_layout import PrefillArguments, PrefillLayout, matrix_offsets
 from onekernel.gpu.prefiller import prefill_source
 
 HERE = Path(__file__).parent
@@ -50,7 +50,6 @@ MAIN = """
 static const PrefillArguments* given;
 extern "C" int emulate(const PrefillArguments* a, int blocks) {
     given = a;
-    cluster_size = CLUSTER;
     return run_fibers(blocks, PREFILL_THREADS, [] { prefill(*given); });
 }
 """

@@ -325,7 +325,7 @@ template <int F> inline void wgmma_scores(float (&acc)[F][4], u64 a, u64 b) {
     }
     wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
 }
+template <int COUNT> inline void more_registers() {}
+template <int COUNT> inline void fewer_registers() {}
 inline void take_registers() {}
 inline void give_registers() {}
-inline void return_registers() {}
-inline void regain_registers() {}

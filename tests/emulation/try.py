@@ -13,7 +13,7 @@ from onekernel.reference.state import State as ReferenceState
 SMALL=Shape(hidden=512,intermediate=768,layer_types=(LINEAR,FULL,LINEAR),vocab=208,tied=True,heads=4,kv_heads=2,head_dim=256,rotary_dim=64,rope_theta=1e7,key_heads=2,value_heads=4,key_head_dim=128,value_head_dim=128,conv_kernel=4,norm_eps=1e-6,max_context=4096,mtp_layers=0,eos_token_ids=())
 def go(narrow, arch, pieces, blocks=4, shared=232448, **change):
     w=random_weights(SMALL); d=Layout.plan(SMALL,208,blocks,232448)
-    p=PrefillLayout.plan(d,blocks,shared,narrow=narrow); p=dataclasses.replace(p,**change)
+    p=PrefillLayout.plan(d,blocks,shared,"sm_90a" if arch==900 else "sm_80",narrow=narrow); p=dataclasses.replace(p,**change)
     t=time.time(); e=Emulated(p,w,arch,max_context=1024); t1=time.time()
     n=sum(pieces); tokens=np.random.default_rng(1).integers(0,208,n).tolist()
     ref=ReferenceState.empty(SMALL); want=model.forward(Parameters.load(w,SMALL,mtp=False),ref,tokens,all_logits=True)

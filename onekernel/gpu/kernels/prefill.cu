@@ -23,7 +23,7 @@ constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
 constexpr int BARRIER_BYTES = 16 * GEMM_STAGES + 16;
 
 extern "C" __device__ int shared_bytes = PREFILL_SHARED + BARRIER_BYTES + 1024;  // the host reads these before the first launch
-extern "C" __device__ int cluster_blocks = CLUSTER;
+extern "C" __device__ int block_threads = PREFILL_THREADS;
 
 // Attention that is not split needs no merge.
 __device__ __forceinline__ bool is_empty(const PrefillArguments& a, int phase) {
@@ -95,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
     u32 arrivals = 0;
     TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, (volatile u32*)(memory + PREFILL_SHARED + 16 * GEMM_STAGES)};
     ring.init();
+    __syncthreads();
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
         if (is_empty(a, phase)) continue;
         run_phase(a, phase, memory, ring);
@@ -105,5 +106,4 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
         }
         if (a.times && block_index() == 0 && thread_index() == 0) a.times[phase] = nanoseconds();
     }
-    ring.close();
 }

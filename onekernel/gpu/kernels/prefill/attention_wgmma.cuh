@@ -1,7 +1,7 @@
 // Causal attention on sm_90a: as in attention.cuh, with wgmma.
 //
 // An item is (kv head, tokens, part of the keys). Two groups of four warps have 64 rows each, one a token and query head, and
-// read the same tiles of WIDE_KEYS keys; the third group loads these, and lends the others its registers. Queries, keys
+// read the same tiles of WIDE_KEYS keys; the other groups load these, and lend their registers. Queries, keys
 // and values lie in blocks of 64 dims, each with rows of 128 bytes. Where there are too few items for all SMs, the keys are dealt to several (`attention_splits`), which
 // leave unscaled sums with their maximum, and `merge_attention` adds them up.
 #pragma once
@@ -13,17 +13,13 @@ constexpr int ATTENTION_TILES = 2;  // groups of four warps that multiply, each 
 constexpr int WIDE_KEYS = 64;       // of a tile
 constexpr int WIDE_STAGE = 2 * WIDE_KEYS * KEY_ROW;
 constexpr int TOKENS_AN_ITEM = ATTENTION_TILES * TOKENS_A_TILE;
-constexpr int DIM_BLOCKS = HEAD_DIM / 64;
+constexpr int LOADERS = PREFILL_THREADS - 128 * ATTENTION_TILES;
 constexpr int WIDE_QUERY_BYTES = QUERY_ROWS * KEY_ROW;
 constexpr int WIDE_STAGES = 2;
 constexpr int WIDE_ATTENTION_BYTES = ATTENTION_TILES * WIDE_QUERY_BYTES + WIDE_STAGES * WIDE_STAGE;
 static_assert(WIDE_ATTENTION_BYTES >= ATTENTION_TILES * QUERY_ROWS * HEAD_DIM * 4, "the output waits there in float32");
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// From 168 registers a thread, and back. All of a group of four warps together.
-__device__ __forceinline__ void return_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 168;"); }
-__device__ __forceinline__ void regain_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 168;"); }
 
 // Of a row of 256 dims in blocks of 64: the place of 16 bytes, with ROWS rows a block.
 template <int ROWS>
@@ -33,7 +29,7 @@ __device__ __forceinline__ u32 block_place(int row, int chunk) {
 
 __device__ __forceinline__ void load_keys(const PrefillArguments& a, const u16* keys, long long to_values, int first_key, int last_key, u32 stage) {
 #pragma unroll 4
-    for (int i = thread_index() % 128; i < WIDE_KEYS * 32; i += 128) {
+    for (int i = thread_index() - 128 * ATTENTION_TILES; i < WIDE_KEYS * 32; i += LOADERS) {
         int row = i / 32, chunk = i % 32;
         const u16* key = keys + (long long)min(first_key + row, last_key) * HEAD_DIM + 8 * chunk;
         u32 to = stage + block_place<WIDE_KEYS>(row, chunk);
@@ -57,7 +53,7 @@ struct AttentionItem {
 };
 __device__ __forceinline__ int attention_items(const PrefillArguments& a) { return (a.tokens + TOKENS_AN_ITEM - 1) / TOKENS_AN_ITEM * KV_HEADS * a.attention_splits; }
 
-// The part of the third group: queries, then one tile of keys after the other.
+// The part of the other groups: queries, then one tile of keys after the other.
 __device__ __forceinline__ void load_item(const PrefillArguments& a, int layer, int number, u32 shared) {
     AttentionItem item(a, number);
     const u32 stages = shared + ATTENTION_TILES * WIDE_QUERY_BYTES;
@@ -66,7 +62,7 @@ __device__ __forceinline__ void load_item(const PrefillArguments& a, int layer, 
     const long long to_values = l.values - l.keys;
     __syncthreads();  // shared memory is free
 #pragma unroll 2
-    for (int i = thread_index() % 128; i < ATTENTION_TILES * QUERY_ROWS * 32; i += 128) {
+    for (int i = thread_index() - 128 * ATTENTION_TILES; i < ATTENTION_TILES * QUERY_ROWS * 32; i += LOADERS) {
         int row = i / 32 % QUERY_ROWS, of = i / 32 / QUERY_ROWS;
         int token = min(item.first_token + of * TOKENS_A_TILE + row / GROUP_QUERIES, a.tokens - 1), head = item.kv_head * GROUP_QUERIES + row % GROUP_QUERIES;
         copy_async16(shared + of * WIDE_QUERY_BYTES + block_place<QUERY_ROWS>(row, i % 32),
@@ -206,15 +202,15 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int numbe
 __device__ __forceinline__ void attend_wide(const PrefillArguments& a, int layer, u8* memory) {
     u32 shared = shared_address(memory);
     if (thread_index() < 128 * ATTENTION_TILES) {
-        take_registers();
+        more_registers<216>();
 #pragma unroll 1
         for (int item = block_index(); item < attention_items(a); item += gridDim.x) attend_item(a, item, shared);
-        return_registers();
+        fewer_registers<128>();
     } else {
-        give_registers();
+        fewer_registers<40>();
 #pragma unroll 1
         for (int item = block_index(); item < attention_items(a); item += gridDim.x) load_item(a, layer, item, shared);
-        regain_registers();
+        more_registers<128>();
     }
 }
 

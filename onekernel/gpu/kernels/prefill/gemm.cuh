@@ -2,9 +2,9 @@
 //
 // A block makes tiles of ROW_TILE rows x TOKEN_TILE tokens. Warp w has 16 rows of a tile. What a lane finds of their weights
 // on the decode kernel's tape (row l / 4, columns 8 (l % 4) and the next seven) is an operand of the tensor cores, in
-// registers, if the tokens' columns stand in the order of `input_place`; each lane fetches its own some steps ahead
-// through shared memory. The tokens go through a ring there, one copy a step of 64 columns; on sm_90a the two blocks of a cluster have the same tokens, and each
-// fetches half of them for both.
+// registers, if the tokens' columns stand in the order of `input_place`. The tokens go through a ring in shared memory,
+// one copy a step of 64 columns. On sm_90a a fourth group of warps asks for them, so that none of the others waits for
+// another, and lends its registers.
 //
 // NARROW, for few tokens: a tile has 64 rows, and three groups of four warps take its steps in turn.
 #pragma once
@@ -14,19 +14,18 @@
 #include "primitive/wgmma.cuh"
 
 constexpr int TOKEN_FRAGMENTS = TOKEN_TILE / 8;
-constexpr int ROW_GROUPS = PREFILL_WARPS / 4;  // groups of four warps: a group has 64 rows
+constexpr int ROW_GROUPS = 3;  // groups of four warps that multiply: each has 64 rows
 constexpr int ROW_TILE = NARROW ? 64 : 64 * ROW_GROUPS;
 constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
-constexpr int WEIGHTS_AHEAD = WGMMA ? GEMM_WEIGHTS_AHEAD : GEMM_STAGES - 2;  // steps whose weights are on their way
-constexpr int WEIGHT_SLOT = PREFILL_WARPS * 2048;
-constexpr int WEIGHT_RING = (WEIGHTS_AHEAD + 1) * WEIGHT_SLOT;  // one more: the last one's weights are just read
+constexpr int WEIGHTS_AHEAD = GEMM_STAGES - 2;  // steps whose weights are on their way (not on sm_90a)
+constexpr int WEIGHT_SLOT = 4 * ROW_GROUPS * 2048;
+constexpr int WEIGHT_RING = WGMMA ? 0 : (WEIGHTS_AHEAD + 1) * WEIGHT_SLOT;  // one more: the last one's weights are just read
 constexpr int STORE_TOKENS = 64;                           // that a group hands to memory at a time
 constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
 constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
 constexpr int OFFSET_BYTES = 8 * 512;                       // of the steps of the longest row
 constexpr int PRODUCT_BYTES = 128;
-constexpr int STORE_GROUPS = NARROW ? 1 : ROW_GROUPS;
-constexpr int GEMM_BYTES = GEMM_RING + WEIGHT_RING + STORE_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES + PRODUCT_BYTES;
+constexpr int GEMM_BYTES = GEMM_RING + WEIGHT_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES + OFFSET_BYTES + PRODUCT_BYTES;
 static_assert(TOKEN_TILE % 16 == 0, "fragments of tokens go in pairs");
 
 using TokenFragments = float[TOKEN_FRAGMENTS][4];
@@ -47,7 +46,7 @@ struct Product {
     u16* out;
 };
 
-constexpr int longest(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int longest(int a, int b) { return a > b ? a : b; }
 static_assert(longest(longest(HIDDEN, INTERMEDIATE), longest(VALUE_DIM, QUERY_DIM)) <= 512 * STEP_COLUMNS, "room for the offsets of a row's steps");
 
 // Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
@@ -78,6 +77,12 @@ struct WeightPlace {
         high = group_place(a, matrix, rows, columns, group + 1) + thread % 32 * 16;
         offsets = offsets_;
     }
+    __device__ __forceinline__ void load(StepWeights& w, int step) const {
+        uint2 at = load_shared2(offsets + 8 * step);
+        w.low[0] = __ldg((const uint4*)(low + at.x)), w.high[0] = __ldg((const uint4*)(high + at.x));
+        w.low[1] = __ldg((const uint4*)(low + at.y)), w.high[1] = __ldg((const uint4*)(high + at.y));
+    }
+    // The same by way of shared memory.
     __device__ __forceinline__ void fetch(u32 to, int step) const {
         uint2 at = load_shared2(offsets + 8 * step);
         copy_async16(to, low + at.x), copy_async16(to + 512, high + at.x);
@@ -146,37 +151,26 @@ struct TokenRing {
             *used = 0;
             for (int i = 0; i < GEMM_STAGES; ++i) {
                 barrier_init(full(i), 1);
-                barrier_init(free(i), NARROW ? CLUSTER : ROW_GROUPS * CLUSTER);
+                barrier_init(free(i), NARROW ? 1 : ROW_GROUPS);
             }
             barrier_init_fence();
         }
-        cluster_barrier();
     }
-    // The other block may still be about to arrive here.
-    __device__ __forceinline__ void close() const { cluster_barrier(); }
-    // By thread 0.
-    __device__ __forceinline__ void fill(const u8* from, u32 filled) {
-        if (filled >= GEMM_STAGES) barrier_wait_cluster(free(filled), filled / GEMM_STAGES - 1 & 1);
-        barrier_expect(full(filled), TOKENS_BYTES);
-        u32 part = cluster_rank() * (TOKENS_BYTES / CLUSTER);
-        if (CLUSTER == 2)
-            bulk_load_pair(stage(filled) + part, from + part, TOKENS_BYTES / CLUSTER, full(filled));
-        else
-            bulk_load(stage(filled), from, TOKENS_BYTES, full(filled));
+    // By one thread.
+    __device__ __forceinline__ void fill(const u8* from, u32 step) const {
+        if (step >= GEMM_STAGES) barrier_wait(free(step), step / GEMM_STAGES - 1 & 1);
+        barrier_expect(full(step), TOKENS_BYTES);
+        bulk_load(stage(step), from, TOKENS_BYTES, full(step));
     }
     __device__ __forceinline__ void await(u32 step) const { barrier_wait(full(step), step / GEMM_STAGES & 1); }
-    // By all warps that read the step.
+    // By all groups that read the step.
     __device__ __forceinline__ void release(u32 step) const {
-        if (thread_index() % 128 == 0) {
-#pragma unroll
-            for (int rank = 0; rank < CLUSTER; ++rank) CLUSTER == 1 ? barrier_arrive(free(step)) : barrier_arrive_at(free(step), rank);
-        }
+        if (thread_index() % 128 == 0) barrier_arrive(free(step));
     }
 #else
     __device__ __forceinline__ void init() {
         if (thread_index() == 0) *used = 0;
     }
-    __device__ __forceinline__ void close() const {}
     // By all threads.
     __device__ __forceinline__ void fill(const u8* from, u32 step) {
 #pragma unroll 2
@@ -185,25 +179,25 @@ struct TokenRing {
 #endif
 };
 
-// One tile of a product: the tiles are numbered in the order in which the blocks (or clusters) take them.
+// One tile of a product: the tiles are numbered in the order in which the blocks take them.
 struct Tile {
     int row_tile, token_tile, split;
     int first, steps;  // of the columns
 
     __device__ __forceinline__ Tile(const volatile Product& p, int item) {
-        u32 token_tiles = (u32)(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, row_tiles = (u32)(p.rows + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER);
+        u32 token_tiles = (u32)(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, row_tiles = (u32)(p.rows + ROW_TILE - 1) / (ROW_TILE);
         u32 all = p.columns / STEP_COLUMNS, splits = p.splits, rest = (u32)item / token_tiles;
         token_tile = item - rest * token_tiles, split = rest / row_tiles;
-        row_tile = (rest - split * row_tiles) * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0);
+        row_tile = (rest - split * row_tiles);
         first = all * split / splits, steps = all * (split + 1) / splits - first;
     }
 };
 __device__ __forceinline__ int tile_count(const volatile Product& p) {
-    return (p.tokens + TOKEN_TILE - 1) / TOKEN_TILE * ((p.rows + ROW_TILE * CLUSTER - 1) / (ROW_TILE * CLUSTER)) * p.splits;
+    return (p.tokens + TOKEN_TILE - 1) / TOKEN_TILE * ((p.rows + ROW_TILE - 1) / (ROW_TILE)) * p.splits;
 }
 // The tokens of the step that comes `ahead` steps after the first of `item`, or null behind the last.
 __device__ __forceinline__ const u8* tokens_ahead(const volatile Product& p, int item, int ahead) {
-    for (int count = tile_count(p); item < count; item += gridDim.x / CLUSTER) {
+    for (int count = tile_count(p); item < count; item += gridDim.x) {
         Tile tile(p, item);
         if (ahead < tile.steps) return (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first + ahead) * TOKENS_BYTES;
         ahead -= tile.steps;
@@ -213,32 +207,93 @@ __device__ __forceinline__ const u8* tokens_ahead(const volatile Product& p, int
 
 __device__ __forceinline__ void finish_tile(const PrefillArguments& a, const volatile Product& p, int row, int token, int split, const TokenFragments& acc, u32 buffer);
 
-// With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
-__device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring, const Product& given, u8* memory) {
-    constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;                  // of the steps that a group takes
-    constexpr int AHEAD = NARROW ? GEMM_STAGES - 5 : GEMM_STAGES - 2;  // steps that were asked for before a step is multiplied
-    const u32 group = thread_index() / 128, first = NARROW ? group : 0;
-    const u32 offsets = ring.shared + GEMM_RING + WEIGHT_RING + STORE_GROUPS * STORE_BYTES + SUM_BYTES;
-    Product& shared_product = *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES);
-    const volatile Product& p = shared_product;
-    u32 used = *ring.used;
-    auto ask = [&](int item, int ahead) {  // for the tokens of one more step
-        if (WGMMA) {
-            if (thread_index() == 0)
-                if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from, used + ahead);
-        } else {
-            if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from, used + ahead);
+// A narrow tile's sums, of the groups together, to the first.
+__device__ __forceinline__ void add_groups(TokenFragments& acc, int group, u32 shared) {
+    u32 sums = shared + thread_index() % 128 * 16;
+    group_barrier(15, 128 * ROW_GROUPS);  // the sums of the tile before are read
+    if (group) {
+#pragma unroll
+        for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
+            store_shared4(sums + ((group - 1) * TOKEN_FRAGMENTS + j) * 2048,
+                          make_uint4(__float_as_uint(acc[j][0]), __float_as_uint(acc[j][1]), __float_as_uint(acc[j][2]), __float_as_uint(acc[j][3])));
+    }
+    group_barrier(15, 128 * ROW_GROUPS);
+    if (group) return;
+#pragma unroll
+    for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
+#pragma unroll
+        for (int g = 0; g < ROW_GROUPS - 1; ++g) {
+            uint4 v = load_shared4(sums + (g * TOKEN_FRAGMENTS + j) * 2048);
+            acc[j][0] += __uint_as_float(v.x), acc[j][1] += __uint_as_float(v.y), acc[j][2] += __uint_as_float(v.z), acc[j][3] += __uint_as_float(v.w);
         }
-    };
-    if (WGMMA) fence_async();
-    __syncthreads();  // what other phases did with this memory is done
-    for (int step = thread_index(); step < given.columns / STEP_COLUMNS; step += PREFILL_THREADS)
-        store_shared2(offsets + 8 * step, tile_offset(given.columns, 2 * step), tile_offset(given.columns, 2 * step + 1));
-    if (thread_index() == 0) shared_product = given;
-    __syncthreads();
-    int item = block_index() / CLUSTER;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// The fourth group's part: one thread asks for the tokens of all tiles.
+__device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const volatile Product& p, u32 step) {
+    if (thread_index() != 128 * ROW_GROUPS) return;
 #pragma unroll 1
-    for (int i = 0; i < AHEAD; ++i) ask(item, i);
+    for (int item = block_index(); item < tile_count(p); item += gridDim.x) {
+        Tile tile(p, item);
+        const u8* from = (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first) * TOKENS_BYTES;
+#pragma unroll 1
+        for (int i = 0; i < tile.steps; ++i, ++step, from += TOKENS_BYTES) ring.fill(from, step);
+    }
+}
+
+__device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const TokenRing& ring, const volatile Product& p, u32 offsets, u32 used) {
+    constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;  // of the steps that a group takes
+    const int group = thread_index() / 128, first = NARROW ? group : 0;
+    StepWeights next;
+    auto load_first = [&](int item) {
+        if (item >= tile_count(p)) return;
+        Tile tile(p, item);
+        WeightPlace(a, p, tile.row_tile, offsets).load(next, min(tile.first + first, p.columns / STEP_COLUMNS - 1));
+    };
+    int item = block_index();
+    load_first(item);
+#pragma unroll 1
+    while (item < tile_count(p)) {
+        TokenFragments acc;
+#pragma unroll
+        for (int j = 0; j < TOKEN_FRAGMENTS; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
+        {
+            Tile tile(p, item);
+            int steps = tile.steps;
+            WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
+#pragma unroll 1
+            for (int step = first; step < steps; step += STRIDE) {
+                StepWeights weights = next;
+                if (step + STRIDE < steps) place.load(next, step + STRIDE);
+                ring.await(used + step);
+                multiply_step(acc, weights, ring.stage(used + step));
+                ring.release(used + step);
+            }
+            used += steps;
+        }
+        item += gridDim.x;
+        load_first(item);
+        if (NARROW) {
+            add_groups(acc, group, ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES);
+            if (group) continue;
+        }
+        Tile tile(p, item - gridDim.x);
+        finish_tile(a, p, tile.row_tile * ROW_TILE + (NARROW ? 0 : group * 64), tile.token_tile * TOKEN_TILE, tile.split, acc,
+                    ring.shared + GEMM_RING + group * STORE_BYTES);
+    }
+}
+
+#else
+
+__device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const TokenRing& ring, const volatile Product& p, u32 offsets, u32 used) {
+    const int group = thread_index() / 128;
+    auto ask = [&](int item, int ahead) {  // for the tokens of one more step
+        if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from, used + ahead);
+    };
+    int item = block_index();
+#pragma unroll 1
+    for (int i = 0; i < WEIGHTS_AHEAD; ++i) ask(item, i);
     const u32 weights = ring.shared + GEMM_RING + thread_index() / 32 * 2048 + thread_index() % 32 * 16;
     u32 slot = 0;  // of the weights of the next step
     auto fetch_first = [&] {  // weights of the first steps of `item`
@@ -248,7 +303,7 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
         u32 to = slot;
 #pragma unroll 1
         for (int i = 0; i < WEIGHTS_AHEAD; ++i) {
-            if (first + i * STRIDE < tile.steps) place.fetch(weights + to * WEIGHT_SLOT, first + i * STRIDE);
+            if (i < tile.steps) place.fetch(weights + to * WEIGHT_SLOT, i);
             copy_commit();
             to = to < WEIGHTS_AHEAD ? to + 1 : 0;
         }
@@ -264,60 +319,65 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, TokenRing& ring,
             int steps = tile.steps;
             WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
 #pragma unroll 1
-            for (int step = first; step < steps; step += STRIDE) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-                if (thread_index() < 32) {
-#pragma unroll 1
-                    for (int i = 0; i < STRIDE && step + i < steps; ++i) ask(item, step + i + AHEAD);
-                    __syncwarp();
-                }
-                copy_wait<WEIGHTS_AHEAD - 1>();
-                ring.await(used + step);
-#else
-                copy_wait<WEIGHTS_AHEAD - 1>();  // and the tokens
+            for (int step = 0; step < steps; ++step) {
+                copy_wait<WEIGHTS_AHEAD - 1>();  // tokens and weights
                 __syncthreads();
-                ask(item, step + AHEAD);
-#endif
+                ask(item, step + WEIGHTS_AHEAD);
                 StepWeights w;
                 u32 from = weights + slot * WEIGHT_SLOT;
                 w.low[0] = load_shared4(from), w.high[0] = load_shared4(from + 512), w.low[1] = load_shared4(from + 1024), w.high[1] = load_shared4(from + 1536);
                 u32 before = slot ? slot - 1 : WEIGHTS_AHEAD;
                 slot = slot < WEIGHTS_AHEAD ? slot + 1 : 0;
-                if (step + WEIGHTS_AHEAD * STRIDE < steps) place.fetch(weights + before * WEIGHT_SLOT, step + WEIGHTS_AHEAD * STRIDE);
+                if (step + WEIGHTS_AHEAD < steps) place.fetch(weights + before * WEIGHT_SLOT, step + WEIGHTS_AHEAD);
                 copy_commit();
                 multiply_step(acc, w, ring.stage(used + step));
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-                ring.release(used + step);
-#endif
             }
             used += steps;
         }
-        item += gridDim.x / CLUSTER;
+        item += gridDim.x;
         fetch_first();
-        if (NARROW) {
-            u32 sums = ring.shared + GEMM_RING + WEIGHT_RING + STORE_GROUPS * STORE_BYTES + thread_index() % 128 * 16;
-            __syncthreads();  // the sums of the tile before are read
-            if (group)
-#pragma unroll
-                for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
-                    store_shared4(sums + ((group - 1) * TOKEN_FRAGMENTS + j) * 2048,
-                                  make_uint4(__float_as_uint(acc[j][0]), __float_as_uint(acc[j][1]), __float_as_uint(acc[j][2]), __float_as_uint(acc[j][3])));
-            __syncthreads();
-            if (group) continue;
-#pragma unroll
-            for (int j = 0; j < TOKEN_FRAGMENTS; ++j)
-#pragma unroll
-                for (int g = 0; g < ROW_GROUPS - 1; ++g) {
-                    uint4 v = load_shared4(sums + (g * TOKEN_FRAGMENTS + j) * 2048);
-                    acc[j][0] += __uint_as_float(v.x), acc[j][1] += __uint_as_float(v.y), acc[j][2] += __uint_as_float(v.z), acc[j][3] += __uint_as_float(v.w);
-                }
-        }
-        Tile tile(p, item - gridDim.x / CLUSTER);
-        finish_tile(a, p, tile.row_tile * ROW_TILE + (NARROW ? 0 : group * 64), tile.token_tile * TOKEN_TILE, tile.split, acc,
+        Tile tile(p, item - gridDim.x);
+        finish_tile(a, p, tile.row_tile * ROW_TILE + group * 64, tile.token_tile * TOKEN_TILE, tile.split, acc,
                     ring.shared + GEMM_RING + WEIGHT_RING + group * STORE_BYTES);
     }
     copy_wait<0>();
-    if (thread_index() == 0) *ring.used = used;  // the barriers between phases show it to all
+}
+
+#endif
+
+// Steps of all tiles of this block.
+__device__ __forceinline__ u32 steps_of_block(const volatile Product& p) {
+    u32 steps = 0;
+    for (int item = block_index(); item < tile_count(p); item += gridDim.x) steps += Tile(p, item).steps;
+    return steps;
+}
+
+// With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
+__device__ __forceinline__ void gemm(const PrefillArguments& a, const TokenRing& ring, const Product& given, u8* memory) {
+    const u32 offsets = ring.shared + GEMM_RING + WEIGHT_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
+    Product& shared_product = *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES);
+    const volatile Product& p = shared_product;
+    u32 used = *ring.used;
+    if (WGMMA) fence_async();
+    __syncthreads();  // what other phases did with this memory is done
+    for (int step = thread_index(); step < given.columns / STEP_COLUMNS; step += PREFILL_THREADS)
+        store_shared2(offsets + 8 * step, tile_offset(given.columns, 2 * step), tile_offset(given.columns, 2 * step + 1));
+    if (thread_index() == 0) shared_product = given;
+    __syncthreads();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (thread_index() < 128 * ROW_GROUPS) {
+        more_registers<160>();
+        multiply_tiles(a, ring, p, offsets, used);
+        fewer_registers<128>();
+    } else {
+        fewer_registers<32>();
+        ask_for_tokens(ring, p, used);
+        more_registers<128>();
+    }
+#else
+    multiply_tiles(a, ring, p, offsets, used);
+#endif
+    if (thread_index() == 0) *ring.used = used + steps_of_block(p);  // the barriers between phases show it to all
 }
 
 // ---- finishes: what becomes of the accumulators ----

@@ -5,8 +5,6 @@
 #include "primitive/matrix.cuh"
 #include "state.cuh"
 
-constexpr int PREFILL_WARPS = 12;
-constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
 constexpr int LINEAR_STRIDE = CONV_DIM + VALUE_DIM;  // numbers of a token's row in `projected`: q, k, v | z
 constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
@@ -16,20 +14,17 @@ constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool WGMMA = true;
+constexpr int PREFILL_WARPS = 16;
 #else
 constexpr bool WGMMA = false;
+constexpr int PREFILL_WARPS = 12;
 #endif
+constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
 constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
 constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int CLUSTER = BLOCK_PAIRS ? 2 : 1;
-constexpr bool NARROW = NARROW_TILES;
-#else
-constexpr int CLUSTER = 1;
-constexpr bool NARROW = false;
-#endif
+constexpr bool NARROW = NARROW_TILES && WGMMA;
 
 // The place of an even column, and the next one, of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x
 // 64 columns, each as it stands in shared memory, so that one copy brings it there. Of 32 columns, pair w of each 8 stand

@@ -1,4 +1,4 @@
-// Bulk copies into shared memory and the barriers that count their bytes (sm_90 and up), within a cluster of two blocks.
+// Bulk copies into shared memory and the barriers that count their bytes (sm_90 and up).
 #pragma once
 
 #include "primitive/matrix.cuh"
@@ -13,35 +13,14 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-// The same barrier of block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r];}" ::"r"(barrier), "r"(rank) : "memory");
-}
 __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
     u32 passed;
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
     return passed;
 }
-__device__ __forceinline__ bool barrier_test_cluster(u32 barrier, u32 parity) {
-    u32 passed;
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
-    return passed;
-}
 __device__ __forceinline__ void bulk_load(u32 shared, const void* global, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
-// Into both blocks of the cluster, at the same place; each block's own barrier counts the bytes.
-__device__ __forceinline__ void bulk_load_pair(u32 shared, const void* global, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared), "l"(global),
-                 "r"(bytes), "r"(barrier), "h"((u16)3)
-                 : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ void cluster_barrier() { asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory"); }
 // Between accesses by threads and bulk copies or wgmma of the same shared memory.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
@@ -51,9 +30,14 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     for (u32 tests = 0; !barrier_test(barrier, parity);)
         if (++tests > MOST_TESTS) fault();
 }
-__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
-    for (u32 tests = 0; !barrier_test_cluster(barrier, parity);)
-        if (++tests > MOST_TESTS) fault();
+// A group of four warps takes registers from the others of the block, or leaves them its own: a multiple of 8 a thread.
+template <int COUNT>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 #endif

@@ -54,7 +54,7 @@ class PrefillLayout:
         room = shared_memory - SHARED_RESERVED
         wgmma = arch == "sm_90a"
         tiles = (64,) if narrow else (192,) if wgmma else (176, 128, 64, 32)
-        choices = ((tile, stages) for tile in tiles for stages in ((12 if narrow else 6, 4, 3) if wgmma else (4, 3)))
+        choices = ((tile, stages) for tile in tiles for stages in ((6 if narrow else 4, 3) if wgmma else (4, 3)))
         token_tile, gemm_stages = next((c for c in choices if _gemm_bytes(*c, wgmma, narrow) <= room), (0, 0))
         columns = next(n for n in (32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
@@ -175,12 +175,12 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
 
 
 def wgmma_source(tokens: int) -> str:
-    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, their weights times 256 values."""
+    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, their weights times 128 dims of values."""
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 {_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
 {_wgmma("wgmma_scores", 64, from_registers=False, transposed=False)}
-{_wgmma("wgmma_values", 256, from_registers=True, transposed=True)}
+{_wgmma("wgmma_values", 128, from_registers=True, transposed=True)}
 #endif
 """
 
@@ -208,7 +208,7 @@ def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> s
 
 def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
     """Of shared memory (GEMM_BYTES in gemm.cuh, and the barriers)."""
-    weights = 0 if wgmma else (stages - 1) * 12 * 2048
+    weights = (4 if wgmma else stages - 1) * 12 * 2048
     sums = 2 * token_tile // 8 * 2048 if narrow else 0
     return stages * (token_tile * STEP_COLUMNS * 2 + 16) + weights + 3 * 8192 + sums + 8 * 512 + 128 + 16
 

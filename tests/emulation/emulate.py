@@ -41,7 +41,7 @@ def host_source(source: str) -> str:
             out += [source[at : found.end()], " abort(); }\n"]
             at = end
     text = "".join(out) + source[at:]
-    text = text.replace("extern __shared__ u8 unaligned[];", "u8* unaligned = emulated_shared();")
+    text = text.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* memory = emulated_shared();")
     text = text.replace('extern "C" __global__ void', 'extern "C" void')
     return '#include <string>\n#include "host.h"\n' + text + MAIN
 

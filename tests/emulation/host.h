@@ -62,7 +62,7 @@ template <class F> inline void wait_until(const char* why, F ready) {
     while (!ready()) yield(why);
     ++progress;
 }
-inline u8* emulated_shared() { return shared_arena + (size_t)fiber_now->block.x * SHARED_STRIDE + 16; }
+inline u8* emulated_shared() { return shared_arena + (size_t)fiber_now->block.x * SHARED_STRIDE; }
 inline void (*fiber_entry)();
 inline void fiber_main() {
     fiber_entry();

@@ -90,8 +90,8 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const __grid_constant__ PrefillArguments a) {
-    extern __shared__ u8 unaligned[];
-    u8* memory = unaligned + (1024 - (shared_address(unaligned) & 1023)) % 1024;  // the 128-byte swizzle repeats every 1,024
+    extern __shared__ __align__(1024) u8 memory[];  // the 128-byte swizzle repeats every 1,024
+    if (shared_address(memory) % 1024) fault();
     u32 arrivals = 0;
     TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, (volatile u32*)(memory + PREFILL_SHARED + 16 * GEMM_STAGES)};
     ring.init();

@@ -89,9 +89,9 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int numbe
     const int own_token = item.first_token + group * TOKENS_A_TILE, kv_head = item.kv_head, split = item.split;
     const u32 stages = shared + ATTENTION_TILES * WIDE_QUERY_BYTES;
     __syncthreads();  // shared memory is free
-    float out[HEAD_DIM / 8][4];
+    float out[2][HEAD_DIM / 16][4];  // halves of the dims
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0;
+    for (int n = 0; n < HEAD_DIM / 8; ++n) out[n / 16][n % 16][0] = out[n / 16][n % 16][1] = out[n / 16][n % 16][2] = out[n / 16][n % 16][3] = 0;
     float peak[2] = {-1e30f, -1e30f}, sum[2] = {0, 0};
     auto row = [] { return thread_index() / 32 % 4 * 16 + thread_index() % 32 / 4; };  // the first of this lane's two
 #pragma unroll 1
@@ -149,17 +149,20 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int numbe
         }
         if (__any_sync(0xFFFFFFFFu, shrink[0] != 1.0f || shrink[1] != 1.0f))
 #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n) out[n][0] *= shrink[0], out[n][1] *= shrink[0], out[n][2] *= shrink[1], out[n][3] *= shrink[1];
+            for (int n = 0; n < HEAD_DIM / 8; ++n) out[n / 16][n % 16][0] *= shrink[0], out[n / 16][n % 16][1] *= shrink[0], out[n / 16][n % 16][2] *= shrink[1], out[n / 16][n % 16][3] *= shrink[1];
 #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; ++n) hold4(out[n]);
+        for (int n = 0; n < HEAD_DIM / 8; ++n) hold4(out[n / 16][n % 16]);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < WIDE_KEYS / 16; ++k)
-            wgmma_values(out, weights[k][0], weights[k][1], weights[k][2], weights[k][3], wgmma_transposed(stage + WIDE_KEYS * KEY_ROW + k * 2048, WIDE_KEYS * 128));
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                wgmma_values(out[half], weights[k][0], weights[k][1], weights[k][2], weights[k][3],
+                             wgmma_transposed(stage + WIDE_KEYS * KEY_ROW + half * (WIDE_KEYS * KEY_ROW / 2) + k * 2048, WIDE_KEYS * 128));
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; ++n) hold4(out[n]);
+        for (int n = 0; n < HEAD_DIM / 8; ++n) hold4(out[n / 16][n % 16]);
     }
     __syncthreads();  // all is read: the output takes the place
     const int thread = thread_index(), lane = thread % 32, own_row = row();
@@ -179,8 +182,8 @@ __device__ __forceinline__ void attend_item(const PrefillArguments& a, int numbe
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; ++n) {
         u32 at = waiting + own_row * (HEAD_DIM * 4) + (((2 * n + lane % 4 / 2) ^ (own_row & 7)) << 4) + lane % 2 * 8;
-        store_shared2(at, __float_as_uint(out[n][0] * scale[0]), __float_as_uint(out[n][1] * scale[0]));
-        store_shared2(at + 8 * HEAD_DIM * 4, __float_as_uint(out[n][2] * scale[1]), __float_as_uint(out[n][3] * scale[1]));
+        store_shared2(at, __float_as_uint(out[n / 16][n % 16][0] * scale[0]), __float_as_uint(out[n / 16][n % 16][1] * scale[0]));
+        store_shared2(at + 8 * HEAD_DIM * 4, __float_as_uint(out[n / 16][n % 16][2] * scale[1]), __float_as_uint(out[n / 16][n % 16][3] * scale[1]));
     }
     group_barrier(1 + group, 128);
 #pragma unroll 1

@@ -17,9 +17,9 @@ constexpr int TOKEN_FRAGMENTS = TOKEN_TILE / 8;
 constexpr int ROW_GROUPS = 3;  // groups of four warps that multiply: each has 64 rows
 constexpr int ROW_TILE = NARROW ? 64 : 64 * ROW_GROUPS;
 constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
-constexpr int WEIGHTS_AHEAD = GEMM_STAGES - 2;  // steps whose weights are on their way (not on sm_90a)
+constexpr int WEIGHTS_AHEAD = WGMMA ? 3 : GEMM_STAGES - 2;  // steps whose weights are on their way
 constexpr int WEIGHT_SLOT = 4 * ROW_GROUPS * 2048;
-constexpr int WEIGHT_RING = WGMMA ? 0 : (WEIGHTS_AHEAD + 1) * WEIGHT_SLOT;  // one more: the last one's weights are just read
+constexpr int WEIGHT_RING = (WEIGHTS_AHEAD + 1) * WEIGHT_SLOT;  // one more: the last one's weights are just read
 constexpr int STORE_TOKENS = 64;                           // that a group hands to memory at a time
 constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
 constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
@@ -245,11 +245,19 @@ __device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const vola
 __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const TokenRing& ring, const volatile Product& p, u32 offsets, u32 used) {
     constexpr int STRIDE = NARROW ? ROW_GROUPS : 1;  // of the steps that a group takes
     const int group = thread_index() / 128, first = NARROW ? group : 0;
-    StepWeights next;
-    auto load_first = [&](int item) {
+    const u32 weights = ring.shared + GEMM_RING + thread_index() / 32 * 2048 + thread_index() % 32 * 16;
+    u32 slot = 0;  // of the weights of the next step
+    auto load_first = [&](int item) {  // weights of the first steps of `item`
         if (item >= tile_count(p)) return;
         Tile tile(p, item);
-        WeightPlace(a, p, tile.row_tile, offsets).load(next, min(tile.first + first, p.columns / STEP_COLUMNS - 1));
+        WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
+        u32 to = slot;
+#pragma unroll 1
+        for (int i = 0; i < WEIGHTS_AHEAD; ++i) {
+            if (first + i * STRIDE < tile.steps) place.fetch(weights + to * WEIGHT_SLOT, first + i * STRIDE);
+            copy_commit();
+            to = to < WEIGHTS_AHEAD ? to + 1 : 0;
+        }
     };
     int item = block_index();
     load_first(item);
@@ -264,10 +272,16 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
             WeightPlace place(a, p, tile.row_tile, offsets + 8 * tile.first);
 #pragma unroll 1
             for (int step = first; step < steps; step += STRIDE) {
-                StepWeights weights = next;
-                if (step + STRIDE < steps) place.load(next, step + STRIDE);
+                u32 before = slot ? slot - 1 : WEIGHTS_AHEAD;
+                if (step + WEIGHTS_AHEAD * STRIDE < steps) place.fetch(weights + before * WEIGHT_SLOT, step + WEIGHTS_AHEAD * STRIDE);
+                copy_commit();
+                copy_wait<WEIGHTS_AHEAD>();
                 ring.await(used + step);
-                multiply_step(acc, weights, ring.stage(used + step));
+                StepWeights w;
+                u32 from = weights + slot * WEIGHT_SLOT;
+                w.low[0] = load_shared4(from), w.high[0] = load_shared4(from + 512), w.low[1] = load_shared4(from + 1024), w.high[1] = load_shared4(from + 1536);
+                slot = slot < WEIGHTS_AHEAD ? slot + 1 : 0;
+                multiply_step(acc, w, ring.stage(used + step));
                 ring.release(used + step);
             }
             used += steps;
@@ -275,12 +289,12 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
         item += gridDim.x;
         load_first(item);
         if (NARROW) {
-            add_groups(acc, group, ring.shared + GEMM_RING + ROW_GROUPS * STORE_BYTES);
+            add_groups(acc, group, ring.shared + GEMM_RING + WEIGHT_RING + ROW_GROUPS * STORE_BYTES);
             if (group) continue;
         }
         Tile tile(p, item - gridDim.x);
         finish_tile(a, p, tile.row_tile * ROW_TILE + (NARROW ? 0 : group * 64), tile.token_tile * TOKEN_TILE, tile.split, acc,
-                    ring.shared + GEMM_RING + group * STORE_BYTES);
+                    ring.shared + GEMM_RING + WEIGHT_RING + group * STORE_BYTES);
     }
 }
 

@@ -210,7 +210,7 @@ def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
     """Of shared memory (GEMM_BYTES in gemm.cuh, and the barriers)."""
     weights = (4 if wgmma else stages - 1) * 12 * 2048
     sums = 2 * token_tile // 8 * 2048 if narrow else 0
-    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + weights + 3 * 8192 + sums + 8 * 512 + 128 + 16
+    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + weights + 3 * (8192 if wgmma else 4096) + sums + 8 * 512 + 128 + 16
 
 
 class PrefillArguments(ctypes.Structure):

@@ -33,7 +33,7 @@ Expected = Callable[[int], tuple[list[int], ReferenceState, np.ndarray]]
 @pytest.fixture(scope="module")
 def prefiller(gpu: Gpu) -> Iterator[Prefiller]:
     layout = Layout.plan(SHAPE, SHAPE.vocab, gpu.sm_count, gpu.shared_memory)
-    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     if plan is None:
         pytest.skip("the prefill kernel needs more shared memory than this GPU has")
     made = Prefiller(Decoder(gpu, layout, random_weights(SHAPE)), plan)
@@ -130,7 +130,7 @@ def test_a_prompt_beyond_the_memory_is_refused_with_the_numbers(prefiller, monke
 
 
 def make_prefiller(gpu: Gpu, decoder: Decoder, shape: Shape) -> Prefiller:
-    plan = PrefillLayout.plan(decoder.layout, gpu.sm_count, gpu.shared_memory)
+    plan = PrefillLayout.plan(decoder.layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     assert plan is not None
     return Prefiller(decoder, plan)
 

@@ -38,7 +38,7 @@ def main() -> int:
 
     gpu, shape = find_gpu(), SIZES["0.8b"]
     layout = Layout.plan(shape, VOCABULARY_SIZE, gpu.sm_count, gpu.shared_memory)
-    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     assert plan is not None
     prefiller = Prefiller(Decoder(gpu, layout, random_weights(shape)), plan)
     stream = prefiller.decoder.stream

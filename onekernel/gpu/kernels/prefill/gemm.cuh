@@ -20,7 +20,7 @@ constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
 constexpr int WEIGHTS_AHEAD = WGMMA ? 3 : GEMM_STAGES - 2;  // steps whose weights are on their way
 constexpr int WEIGHT_SLOT = 4 * ROW_GROUPS * 2048;
 constexpr int WEIGHT_RING = (WEIGHTS_AHEAD + 1) * WEIGHT_SLOT;  // one more: the last one's weights are just read
-constexpr int STORE_TOKENS = 64;                           // that a group hands to memory at a time
+constexpr int STORE_TOKENS = WGMMA ? 64 : 32;                           // that a group hands to memory at a time
 constexpr int STORE_BYTES = STORE_TOKENS * 128;            // of shared memory for that, for each group
 constexpr int SUM_BYTES = NARROW ? (ROW_GROUPS - 1) * TOKEN_FRAGMENTS * 128 * 16 : 0;
 constexpr int OFFSET_BYTES = 8 * 512;                       // of the steps of the longest row
@@ -172,7 +172,7 @@ struct TokenRing {
         if (thread_index() == 0) *used = 0;
     }
     // By all threads.
-    __device__ __forceinline__ void fill(const u8* from, u32 step) {
+    __device__ __forceinline__ void fill(const u8* from, u32 step) const {
 #pragma unroll 2
         for (int at = thread_index() * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(step) + at, from + at);
     }
@@ -372,7 +372,7 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, const TokenRing&
     Product& shared_product = *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES);
     const volatile Product& p = shared_product;
     u32 used = *ring.used;
-    if (WGMMA) fence_async();
+    fence_async();
     __syncthreads();  // what other phases did with this memory is done
     for (int step = thread_index(); step < given.columns / STEP_COLUMNS; step += PREFILL_THREADS)
         store_shared2(offsets + 8 * step, tile_offset(given.columns, 2 * step), tile_offset(given.columns, 2 * step + 1));
@@ -453,7 +453,8 @@ __device__ __forceinline__ void store_activation(u16* activated, int row, int to
         }
         group_barrier(1 + group, 128);  // the buffer is read
         store_matrix_transposed(to, pairs[0], pairs[1], pairs[2], pairs[3]);
-        if (first + 32 < TOKEN_TILE) store_matrix_transposed(to + 32 * 64, pairs[4], pairs[5], pairs[6], pairs[7]);
+        if constexpr (STORE_TOKENS > 32)
+            if (first + 32 < TOKEN_TILE) store_matrix_transposed(to + 32 * 64, pairs[4], pairs[5], pairs[6], pairs[7]);
         group_barrier(1 + group, 128);
 #pragma unroll
         for (int i = 0; i < STORE_TOKENS; i += 32) {

@@ -9,11 +9,11 @@ __device__ __forceinline__ uint4 embedding(const PrefillArguments& a, int token,
     return __ldg((const uint4*)(group_place(a, 4 * LAYERS, VOCAB, HIDDEN, token / 8) + tile_offset(HIDDEN, column / 32) + (token % 8 * 4 + column % 32 / 8) * 16));
 }
 
-// A token's row is the work of two warps; each lane has ROW_VECTORS times four columns of it.
-constexpr int ROW_WARPS = 2;
+// A token's row is the work of some warps; each lane has ROW_VECTORS times four columns of it.
+constexpr int ROW_WARPS = HIDDEN >= 2048 && HIDDEN % 512 == 0 ? 4 : 2;
 constexpr int ROW_VECTORS = HIDDEN / 4 / (32 * ROW_WARPS);
 constexpr int PARTS_AT_ONCE = ROW_VECTORS <= 4 ? 4 : ROW_VECTORS <= 10 ? 2 : 1;  // splits whose loads are on their way together
-static_assert(HIDDEN % (128 * ROW_WARPS) == 0, "two warps share a row evenly");
+static_assert(HIDDEN % (128 * ROW_WARPS) == 0, "the warps share a row evenly");
 
 __device__ __forceinline__ int first_row() { return block_index() + thread_index() / (32 * ROW_WARPS) * gridDim.x; }
 __device__ __forceinline__ int row_step() { return gridDim.x * (PREFILL_WARPS / ROW_WARPS); }
@@ -33,7 +33,10 @@ __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, 
     group_barrier(1 + pair, 32 * ROW_WARPS);  // the sums of the token before are read
     if (thread_index() % 32 == 0) sums[thread_index() / 32 % ROW_WARPS] = squares;
     group_barrier(1 + pair, 32 * ROW_WARPS);
-    float scale = rsqrtf((sums[0] + sums[1]) / HIDDEN + NORM_EPS);
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < ROW_WARPS; ++i) total += sums[i];
+    float scale = rsqrtf(total / HIDDEN + NORM_EPS);
 #pragma unroll
     for (int i = 0; i < ROW_VECTORS; ++i) {
         float4 w = load_constant4(weight + row_column(i));

@@ -40,4 +40,8 @@ __device__ __forceinline__ void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+#else
+
+__device__ __forceinline__ void fence_async() {}
+
 #endif

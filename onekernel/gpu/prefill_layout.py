@@ -77,6 +77,16 @@ class PrefillLayout:
             attention_stages=stages,
         )
 
+    @classmethod
+    def plans(cls, decode: Layout, sm_count: int, shared_memory: int, arch: str) -> list[PrefillLayout]:
+        """All that a Prefiller compiles: for many tokens, and on sm_90a for few; none if shared memory is too small."""
+        both = [cls.plan(decode, sm_count, shared_memory, arch, narrow) for narrow in (False, True)]
+        return [
+            plan
+            for plan in both
+            if plan is not None and (both[0] is not None and (not plan.narrow or arch == "sm_90a"))
+        ]
+
     @property
     def shape(self) -> Shape:
         return self.decode.shape
@@ -210,7 +220,15 @@ def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
     """Of shared memory (GEMM_BYTES in gemm.cuh, and the barriers)."""
     weights = (4 if wgmma else stages - 1) * 12 * 2048
     sums = 2 * token_tile // 8 * 2048 if narrow else 0
-    return stages * (token_tile * STEP_COLUMNS * 2 + 16) + weights + 3 * (8192 if wgmma else 4096) + sums + 8 * 512 + 128 + 16
+    return (
+        stages * (token_tile * STEP_COLUMNS * 2 + 16)
+        + weights
+        + 3 * (8192 if wgmma else 4096)
+        + sums
+        + 8 * 512
+        + 128
+        + 16
+    )
 
 
 class PrefillArguments(ctypes.Structure):
@@ -234,7 +252,10 @@ class PrefillArguments(ctypes.Structure):
         ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM], as input_place says
         ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE], as input_place says
         ("unsigned short*", "partials"),  # [splits, tokens, HIDDEN]
-        ("float*", "attention"),  # [attention_splits, tokens, HEADS, HEAD_DIM + 4]: sums; their maximum, their weight, -, -
+        (
+            "float*",
+            "attention",
+        ),  # [attention_splits, tokens, HEADS, HEAD_DIM + 4]: sums; their maximum, their weight, -, -
         ("float*", "logits"),  # [logits_count, VOCAB], or null
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned long long*", "times"),  # [phases + 1] end of each phase in nanoseconds, or null

@@ -7,16 +7,18 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from state_parts import errors
 
-from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import Weights
 from onekernel.gpu import parameters, tape
 from onekernel.gpu.decoder import cache_bytes, recurrent_bytes
 from onekernel.gpu.prefill_layout import PrefillArguments, PrefillLayout, matrix_offsets
 from onekernel.gpu.prefiller import prefill_source
+from onekernel.reference.state import State
 
 HERE = Path(__file__).parent
 FUNCTION = re.compile(r"(template <[^;{}]*>\s*)?__device__ __forceinline__ [^;{}()]*?(\w+)\([^;{}]*\)\s*(const )?\{")
@@ -58,10 +60,12 @@ extern "C" int emulate(const PrefillArguments* a, int blocks) {
 class Emulated:
     """A model with its scratch memory and state in NumPy arrays, and launches of the kernel on them."""
 
-    def __init__(self, layout: PrefillLayout, weights: Weights, arch: int = 900, max_context: int = 256) -> None:
+    def __init__(self, layout: PrefillLayout, weights: Weights, arch: str, max_context: int = 256) -> None:
+        """Args: see PrefillLayout.plan; sm_90a has its own path, all others the portable one."""
         folder = Path(tempfile.mkdtemp())
         (folder / "kernel.cpp").write_text(host_source(prefill_source(layout)))
-        flags = [f"-D__CUDA_ARCH__={arch}"] + ["-D__CUDA_ARCH_FEAT_SM90_ALL"] * (arch == 900)
+        wgmma = arch == "sm_90a"
+        flags = ["-D__CUDA_ARCH__=900", "-D__CUDA_ARCH_FEAT_SM90_ALL"] if wgmma else ["-D__CUDA_ARCH__=800"]
         command = ["g++", "-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared", f"-I{HERE}", *flags]
         subprocess.run([*command, str(folder / "kernel.cpp"), "-o", str(folder / "kernel.so")], check=True)
         self.library = ctypes.CDLL(str(folder / "kernel.so"))
@@ -81,34 +85,40 @@ class Emulated:
         }
         self.max_context, self.position = max_context, 0
 
-    def prefill(self, tokens: list[int], phases: tuple[int, int] | None = None, logits: bool = False) -> np.ndarray:
-        """Run the phases on `tokens`; with `logits`, float32 [tokens, vocab] too."""
-        layout, shape, count = self.layout, self.layout.shape, len(tokens)
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Run all phases on `tokens`; float32 [tokens, vocab] logits."""
+        layout, count = self.layout, len(tokens)
         arrays = dict(self.arrays)
         for name, nbytes in layout.scratch(count).items():
-            arrays[name] = aligned(np.full(nbytes, 0xFF, np.uint8))
+            arrays[name] = aligned(np.full(nbytes, 0xFF, np.uint8))  # NaN
         arrays["token_ids"] = np.array(tokens, np.int32)
-        arrays["logits"] = np.full((count, shape.vocab), np.nan, np.float32)
+        arrays["logits"] = np.full((count, layout.shape.vocab), np.nan, np.float32)
         arrays["barrier"][:] = 0
-        first, end = phases or (0, layout.phases + logits)
         given = PrefillArguments(
             **{name: array.ctypes.data for name, array in arrays.items()},
             spin_limit=10**18,
             tokens=count,
             position=self.position,
             max_context=self.max_context,
-            first_phase=first,
-            end_phase=end,
+            first_phase=0,
+            end_phase=layout.phases + 1,
             logits_count=count,
             **layout.plan_launch(count, self.position),
         )
         assert self.library.emulate(ctypes.byref(given), layout.blocks), "the kernel hangs"
         self.position += count
-        self.scratch = arrays
         return arrays["logits"]
 
-    def state_parts(self) -> Any:
-        return self.arrays["state"]
+    def errors(self, reference: State) -> dict[str, list[float]]:
+        """Relative error of each part of the state, layer after layer (tests/gpu/state_parts.py)."""
+        given = self.arrays["state"].tobytes()
+
+        def read(dtype: Any, count: int, at: int = 0) -> np.ndarray:
+            return np.frombuffer(given, dtype, count, at)
+
+        state = SimpleNamespace(position=self.position, capacity=self.max_context, buffer=SimpleNamespace(read=read))
+        decoder = SimpleNamespace(shape=self.layout.shape, gpu=SimpleNamespace(capability=(9, 0)))
+        return errors(decoder, state, reference)  # type: ignore[arg-type]
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

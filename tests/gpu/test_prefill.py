@@ -135,7 +135,7 @@ def make_prefiller(gpu: Gpu, decoder: Decoder, shape: Shape) -> Prefiller:
     return Prefiller(decoder, plan)
 
 
-@pytest.mark.parametrize("size", ["2b", "4b", "27b"])
+@pytest.mark.parametrize("size", ["2b", "4b", "9b", "27b"])
 def test_the_other_sizes_are_as_close(gpu, make_decoder, size, record_property) -> None:
     shape = shortened(size)
     weights = random_weights(shape)

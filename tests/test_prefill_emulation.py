@@ -1,7 +1,7 @@
 """The prefill kernel, run on the CPU by the emulation in tests/emulation, against the float32 reference.
 
-It shows what indices, barriers and arithmetic do, on sm_90a's path and on the portable one; races and the hardware's own
-rules are for the tests on a GPU.
+It shows what indices, barriers and arithmetic do, on the path of sm_90a and on the portable one; races and the rules of
+the hardware are for the tests on a GPU.
 """
 
 from __future__ import annotations

@@ -232,14 +232,16 @@ __device__ __forceinline__ void add_groups(TokenFragments& acc, int group, u32 s
 
 // The fourth group's part: one thread asks for the tokens of all tiles.
 __device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const volatile Product& p, u32 step) {
-    if (thread_index() != 128 * ROW_GROUPS) return;
+    if (thread_index() == 128 * ROW_GROUPS) {
 #pragma unroll 1
-    for (int item = block_index(); item < tile_count(p); item += gridDim.x) {
-        Tile tile(p, item);
-        const u8* from = (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first) * TOKENS_BYTES;
+        for (int item = block_index(); item < tile_count(p); item += gridDim.x) {
+            Tile tile(p, item);
+            const u8* from = (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first) * TOKENS_BYTES;
 #pragma unroll 1
-        for (int i = 0; i < tile.steps; ++i, ++step, from += TOKENS_BYTES) ring.fill(from, step);
+            for (int i = 0; i < tile.steps; ++i, ++step, from += TOKENS_BYTES) ring.fill(from, step);
+        }
     }
+    __syncwarp();  // what follows is for whole warps
 }
 
 __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const TokenRing& ring, const volatile Product& p, u32 offsets, u32 used) {

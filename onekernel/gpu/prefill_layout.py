@@ -185,7 +185,7 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
 
 
 def wgmma_source(tokens: int) -> str:
-    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, their weights times 128 dims of values."""
+    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, 64 keys' weights times 128 dims."""
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 {_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}

@@ -1,4 +1,4 @@
-"""The demo model under compute-sanitizer, decode and prefill of a few tokens: memcheck, racecheck, initcheck, synccheck.
+"""The demo model under compute-sanitizer, decode and prefill of few tokens: memcheck, racecheck, initcheck, synccheck.
 
     python tests/gpu/sanitize.py [tool ...]
 

@@ -56,7 +56,7 @@ def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
     gpu = find_gpu()
     layout = _layout(gpu, shape, shape.vocab)
-    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     scratch = sum(prefill.scratch(MOST_CHUNK_TOKENS).values()) if prefill else 0
     return decoder.memory_needed(shape, layout) + scratch
 
@@ -104,7 +104,7 @@ class CudaBackend(StepwiseBackend[State]):
         check_limits(shape, vocabulary_size, max_context)
         gpu = usable_gpu()
         layout = _layout(gpu, shape, vocabulary_size)
-        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
         decoder = Decoder(gpu, layout, load_weights(folder, shape))
         prefiller = Prefiller(decoder, prefill) if prefill else None
         return cls(decoder, vocabulary_size, max_context, prefiller)

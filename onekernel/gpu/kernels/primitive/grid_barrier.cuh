@@ -6,6 +6,11 @@
 
 // Counts one more arrival; what this thread wrote before is visible to whom the count is.
 __device__ __forceinline__ void arrive_at(u32* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ u32 load_acquire(const u32* counter) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
 
 // `target`: arrivals so far, those of this barrier included. What any thread wrote before is visible to all behind it
 // (through plain loads and cp.async, not through ld.global.nc).
@@ -14,13 +19,8 @@ __device__ __forceinline__ void grid_barrier(u32* counter, u32 target, Watchdog&
     if (threadIdx.x == 0) {
         fence_gpu();
         arrive_at(counter);
-        u32 arrived;
         watchdog.spins = 0;
-        while (true) {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-            if (arrived >= target) break;
-            watchdog.check();
-        }
+        while (load_acquire(counter) < target) watchdog.check();
         fence_gpu();
     }
     __syncthreads();

@@ -61,6 +61,8 @@ class Layout:
                 raise UnsupportedModel(f"the GPU kernel needs {name} = {size} to be a multiple of {step}")
         if (shape.head_dim, shape.key_head_dim, shape.value_head_dim) != (256, 128, 128):
             raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
+        if shape.layers % 2:
+            raise UnsupportedModel(f"the GPU kernel needs an even number of layers, and this model has {shape.layers}")
         if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads > CONSUMER_WARPS - 2:
             raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 6")
         blocks, usable = _blocks(shape, sm_count), shared_memory - SHARED_RESERVED
@@ -132,9 +134,9 @@ class Layout:
     def channel_words(self) -> int:
         """32-bit words of one buffer of the vectors that blocks exchange (`Channels` in state.cuh)."""
         s = self.shape
-        twice = 2 * s.hidden + max(s.value_dim * 3 // 2, s.query_dim) + s.intermediate
+        packed = 2 * s.hidden + s.intermediate + s.query_dim  # two columns a word, in two copies
         once = max(projected_linear(s), projected_full(s)), s.heads * self.splits * (s.head_dim + 4)
-        return 2 * twice + sum(-(-words // 8) * 8 for words in once)
+        return packed + 3 * s.value_dim + sum(-(-words // 8) * 8 for words in once)
 
 
 def projected_linear(shape: Shape) -> int:

@@ -63,7 +63,7 @@ template <int COLUMNS>
 __device__ __forceinline__ float receive_activations(Consumer& c, const u32* channel, u32 epoch, const float* scale) {
     constexpr int VECTORS = COLUMNS / CONSUMER_WARPS / 4;
     constexpr int PER_LANE = (VECTORS + 31) / 32;
-    constexpr int AT_ONCE = PER_LANE < 4 ? PER_LANE : 4;
+    constexpr int AT_ONCE = PER_LANE <= 4 ? PER_LANE : 2;  // more would need too many registers
     c.locate();
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;

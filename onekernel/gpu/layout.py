@@ -61,8 +61,6 @@ class Layout:
                 raise UnsupportedModel(f"the GPU kernel needs {name} = {size} to be a multiple of {step}")
         if (shape.head_dim, shape.key_head_dim, shape.value_head_dim) != (256, 128, 128):
             raise UnsupportedModel("the GPU kernel is written for head_dim 256 and linear head dims of 128")
-        if shape.layers % 2:
-            raise UnsupportedModel(f"the GPU kernel needs an even number of layers, and this model has {shape.layers}")
         if shape.rotary_dim != 64 or shape.conv_kernel != 4 or shape.heads // shape.kv_heads > CONSUMER_WARPS - 2:
             raise UnsupportedModel("the GPU kernel is written for 64 rotary dims, a convolution of 4, and GQA up to 6")
         blocks, usable = _blocks(shape, sm_count), shared_memory - SHARED_RESERVED

@@ -42,7 +42,7 @@ constexpr int PAIRS_PER_HEAD = VALUE_HEAD_DIM / 2;
 constexpr int MIXED_HEAD = VALUE_HEAD_DIM + PAIRS_PER_HEAD;
 constexpr int MIXED_LINEAR = VALUE_HEADS * MIXED_HEAD;
 
-// The vectors that blocks exchange; each has two buffers, used by even and odd layers in turn.
+// The vectors that blocks exchange; each has two buffers, used by one layer after the other in turn.
 struct Channels {
     u32* after_mixer;  // packed [COPIES, HIDDEN]: the residual stream
     u32* after_mlp;    // packed [COPIES, HIDDEN]
@@ -60,12 +60,12 @@ constexpr int PARTIAL_WORDS = round8(HEADS * MAX_SPLITS * (HEAD_DIM + 4));
 constexpr int PACKED_WORDS = COPIES * (2 * HIDDEN + INTERMEDIATE) / 2;  // of those that every layer uses
 constexpr int CHANNEL_WORDS = PACKED_WORDS + PROJECTED_WORDS + COPIES * MIXED_LINEAR + PARTIAL_WORDS + COPIES * QUERY_DIM / 2;
 
-static_assert(LAYERS % 2 == 0, "even and odd layers take turns");
 constexpr int FULL_LAYERS = LAYERS - LINEAR_LAYERS;
 
 // The channels of layer `layer` of the launch's token `step`.
 __device__ __forceinline__ Channels channels_of(u32* exchange, u32 step, int layer) {
-    u32* at = exchange + (layer & 1) * CHANNEL_WORDS;
+    u32 use = step * LAYERS + layer;
+    u32* at = exchange + (use & 1) * CHANNEL_WORDS;
     Channels channels;
     channels.after_mixer = at, at += COPIES * HIDDEN / 2;
     channels.after_mlp = at, at += COPIES * HIDDEN / 2;
@@ -74,8 +74,8 @@ __device__ __forceinline__ Channels channels_of(u32* exchange, u32 step, int lay
     channels.mixed = at, at += COPIES * MIXED_LINEAR;
     channels.partial = at, at += PARTIAL_WORDS;
     channels.attended = exchange + (at - exchange) % CHANNEL_WORDS;  // one buffer: its layers may all be odd
-    channels.tag = tag_of(step * LAYERS + layer);
-    channels.epoch = epoch_of((step * LAYERS + layer) / 2);
+    channels.tag = tag_of(use);
+    channels.epoch = epoch_of(use / 2);
     channels.attended_epoch = epoch_of(step * FULL_LAYERS + full_layers_before(layer));
     return channels;
 }

@@ -42,7 +42,7 @@ class Layout:
     ring_stages: int
     batch_groups: int = BATCH_GROUPS[0]
     layer_stages_in_flight: int = 2
-    head_stages_in_flight: int = 3
+    head_stages_in_flight: int = 4
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0
@@ -130,11 +130,11 @@ class Layout:
 
     @property
     def channel_words(self) -> int:
-        """32-bit words of one copy of the vectors that blocks exchange (`Channels` in state.cuh)."""
+        """32-bit words of one buffer of the vectors that blocks exchange (`Channels` in state.cuh)."""
         s = self.shape
-        projected = max(projected_linear(s), projected_full(s))
-        partial = s.heads * self.splits * (s.head_dim + 4)
-        return 2 * s.hidden + -(-projected // 4) * 4 + max(2 * s.value_dim, s.query_dim) + partial + s.intermediate
+        packed = 2 * s.hidden + s.intermediate + s.query_dim  # two columns a word, in two copies
+        once = max(projected_linear(s), projected_full(s)), s.heads * self.splits * (s.head_dim + 4)
+        return packed + 3 * s.value_dim + sum(-(-words // 8) * 8 for words in once)
 
 
 def projected_linear(shape: Shape) -> int:
@@ -164,7 +164,7 @@ def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
     """Shared memory of a block beside the weight ring, rounded up (`Shared` in decode.cu, which checks the sum)."""
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
-    sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4
+    sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4 + 4 * 2 * shape.key_head_dim
     counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
     return max(2 * activation_columns(shape), attention) + sums + counters + 4 * residual_rows(shape, blocks) + 512
 

@@ -1,5 +1,5 @@
 // Where things lie in device memory: parameters and state of each layer, and the channels between blocks.
-// The order of the parameters is that of gpu/parameters.py, the order of the state that of gpu/state.py.
+// The order of the parameters is that of gpu/parameters.py, the order of the state that of State in gpu/decoder.py.
 #pragma once
 
 #include "primitive/gemv.cuh"
@@ -35,51 +35,68 @@ struct FullLayer {
     u16* values;
 };
 
-// The vectors that blocks exchange; each has two copies, used by even and odd layers in turn.
+constexpr int PROJECTED_LINEAR = CONV_DIM + VALUE_DIM + 2 * VALUE_HEADS;  // rows: q, k, v | z | b | a
+constexpr int PROJECTED_FULL = 2 * QUERY_DIM + 2 * KV_DIM;                // rows: per head 256 query and 256 gate | k | v
+// Of a head of the delta rule: its output times the gate, not normed yet, and the sum of squares of each pair of it.
+constexpr int PAIRS_PER_HEAD = VALUE_HEAD_DIM / 2;
+constexpr int MIXED_HEAD = VALUE_HEAD_DIM + PAIRS_PER_HEAD;
+constexpr int MIXED_LINEAR = VALUE_HEADS * MIXED_HEAD;
+
+// The vectors that blocks exchange; each has two buffers, used by one layer after the other in turn.
 struct Channels {
-    u32* after_mixer;  // [HIDDEN]: the residual stream
-    u32* after_mlp;    // [HIDDEN]
+    u32* after_mixer;  // packed [COPIES, HIDDEN]: the residual stream
+    u32* after_mlp;    // packed [COPIES, HIDDEN]
+    u32* activated;    // packed [COPIES, INTERMEDIATE]
+    u32* attended;     // packed [COPIES, QUERY_DIM]: the output of attention
     u32* projected;    // [PROJECTED]: outputs of in_proj or of q, k, v
-    u32* mixed;        // [2 * VALUE_DIM] pairs (o, gate), or [QUERY_DIM]
+    u32* mixed;        // [COPIES, VALUE_HEADS, MIXED_HEAD]: the output of the delta rule
     u32* partial;      // [HEADS, MAX_SPLITS, HEAD_DIM + 4]: attention over a part of the context
-    u32* activated;    // [INTERMEDIATE]
+    u32 tag, epoch, attended_epoch;  // of this use
 };
 
-constexpr int PROJECTED_MAX = CONV_DIM + VALUE_DIM + 2 * VALUE_HEADS > 2 * QUERY_DIM + 2 * KV_DIM
-                                  ? CONV_DIM + VALUE_DIM + 2 * VALUE_HEADS
-                                  : 2 * QUERY_DIM + 2 * KV_DIM;
-constexpr int MIXED_MAX = 2 * VALUE_DIM > QUERY_DIM ? 2 * VALUE_DIM : QUERY_DIM;
-constexpr int PARTIAL_WORDS = HEADS * MAX_SPLITS * (HEAD_DIM + 4);
-__device__ constexpr int round4(int n) { return (n + 3) / 4 * 4; }
-constexpr int CHANNEL_WORDS = 2 * HIDDEN + round4(PROJECTED_MAX) + MIXED_MAX + PARTIAL_WORDS + INTERMEDIATE;
+__device__ constexpr int round8(int n) { return (n + 7) / 8 * 8; }  // eight words are a sector
+constexpr int PROJECTED_WORDS = round8(PROJECTED_LINEAR > PROJECTED_FULL ? PROJECTED_LINEAR : PROJECTED_FULL);
+constexpr int PARTIAL_WORDS = round8(HEADS * MAX_SPLITS * (HEAD_DIM + 4));
+constexpr int PACKED_WORDS = COPIES * (2 * HIDDEN + INTERMEDIATE) / 2;  // of those that every layer uses
+constexpr int CHANNEL_WORDS = PACKED_WORDS + PROJECTED_WORDS + COPIES * MIXED_LINEAR + PARTIAL_WORDS + COPIES * QUERY_DIM / 2;
 
-__device__ __forceinline__ Channels channels_of(u32* exchange, int layer) {
-    u32* at = exchange + (layer & 1) * CHANNEL_WORDS;
+constexpr int FULL_LAYERS = LAYERS - LINEAR_LAYERS;
+
+// The channels of layer `layer` of the launch's token `step`.
+__device__ __forceinline__ Channels channels_of(u32* exchange, u32 step, int layer) {
+    u32 use = step * LAYERS + layer;
+    u32* at = exchange + (use & 1) * CHANNEL_WORDS;
     Channels channels;
-    channels.after_mixer = at, at += HIDDEN;
-    channels.after_mlp = at, at += HIDDEN;
-    channels.projected = at, at += round4(PROJECTED_MAX);
-    channels.mixed = at, at += MIXED_MAX;
+    channels.after_mixer = at, at += COPIES * HIDDEN / 2;
+    channels.after_mlp = at, at += COPIES * HIDDEN / 2;
+    channels.activated = at, at += COPIES * INTERMEDIATE / 2;
+    channels.projected = at, at += PROJECTED_WORDS;
+    channels.mixed = at, at += COPIES * MIXED_LINEAR;
     channels.partial = at, at += PARTIAL_WORDS;
-    channels.activated = at;
+    channels.attended = exchange + (at - exchange) % CHANNEL_WORDS;  // one buffer: its layers may all be odd
+    channels.tag = tag_of(use);
+    channels.epoch = epoch_of(use / 2);
+    channels.attended_epoch = epoch_of(step * FULL_LAYERS + full_layers_before(layer));
     return channels;
 }
 
 // Adds a projection's rows to the residual stream. A block owns the same rows of it in every layer and keeps them in
-// float32 in shared memory; the others get the words.
+// float32 in shared memory; the others get packed words.
 struct ResidualFinish {
     const Consumer* consumer;
     float* residual;  // shared: rows first_group(HIDDEN / 8, block) * 8 and up
     u32* channel;
-    u32 tag;
+    u32 epoch;
 
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
         int thread = consumer->thread;
-        if (thread >= groups * 8) return;
+        if (thread / 32 * 32 >= groups * 8) return;
+        bool valid = thread < groups * 8;
         int row = group * 8 + thread, own = row - 8 * first_group(HIDDEN / 8, consumer->block);
-        residual[own] += sum(thread);
-        publish(channel + row, residual[own], tag);
+        float value = 0;
+        if (valid) value = residual[own] += sum(thread);
+        publish_packed<HIDDEN>(channel, row, value, valid, epoch);
     }
 };

@@ -7,7 +7,6 @@
 
 #include "state.cuh"
 
-constexpr int PROJECTED_FULL = 2 * QUERY_DIM + 2 * KV_DIM;  // rows: per head 256 query and 256 gate | k | v
 constexpr int GROUP_HEADS = HEADS / KV_HEADS;               // query heads of a kv head
 constexpr int PADDED_HEADS = GROUP_HEADS <= 1 ? 1 : GROUP_HEADS <= 2 ? 2 : GROUP_HEADS <= 4 ? 4 : 8;
 constexpr int AT_ONCE = PADDED_HEADS <= 4 ? 4 : 2;          // positions that a warp handles together
@@ -286,7 +285,7 @@ __device__ __forceinline__ void merge_splits(Consumer& c, const Channels& channe
         total = warp_sum(total);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 8);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 16);
-        if (c.lane < 8) publish(channels.mixed + head * HEAD_DIM + dim, o / total * sigmoid(gate), tag);
+        publish_packed<QUERY_DIM>(channels.attended, head * HEAD_DIM + dim, o / total * sigmoid(gate), c.lane < 8, channels.attended_epoch);
     }
 }
 
@@ -299,5 +298,5 @@ __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, c
     c.mark(MARK_ATTENDED);
     c.enter(PHASE_MERGE, c.watchdog.layer);
     merge_splits(c, channels, position, tag);
-    receive_activations<QUERY_DIM>(c, channels.mixed, tag, nullptr);
+    receive_activations<QUERY_DIM>(c, channels.attended, channels.attended_epoch, nullptr);
 }

@@ -4,8 +4,6 @@
 #include "primitive/gemv.cuh"
 #include "state.cuh"
 
-constexpr int PROJECTED_LINEAR = CONV_DIM + VALUE_DIM + 2 * VALUE_HEADS;  // rows: q, k, v | z | b | a
-constexpr int PAIRS_PER_HEAD = VALUE_HEAD_DIM / 2;
 constexpr int COLUMN_PAIRS = VALUE_HEADS * PAIRS_PER_HEAD;  // each warp owns the state of some pairs of value columns
 constexpr int PAIRS_PER_WARP = (COLUMN_PAIRS + BLOCKS * CONSUMER_WARPS - 1) / (BLOCKS * CONSUMER_WARPS);
 
@@ -69,62 +67,89 @@ __device__ __forceinline__ float4 decayed_plus(float decay, float4 s, float4 k, 
     return make_float4(decay * s.x + k.x * d, decay * s.y + k.y * d, decay * s.z + k.z * d, decay * s.w + k.w * d);
 }
 
+// Queries and keys of the head that this block's warps work on, in shared memory: q, then k.
+struct HeadInputs {
+    alignas(16) float qk[2][KEY_HEAD_DIM];
+};
+
+// What the delta rule reads of one token for one column pair: this lane's part of q and k, and the pair's numbers.
+struct DeltaInputs {
+    float4 q, k;
+    float value[2], gate[2], beta, decay;
+};
+
+// The warps of a block work on pairs of one head: each fetches an eighth of its q and k, for all.
+__device__ __forceinline__ DeltaInputs receive_delta_inputs(Consumer& c, HeadInputs& shared, const u32* projected, int pair, u32 tag) {
+    static_assert(PAIRS_PER_HEAD % CONSUMER_WARPS == 0 && 2 * KEY_HEAD_DIM == CONSUMER_WARPS * 32, "one word of q and k a lane");
+    int head = pair / PAIRS_PER_HEAD, key_head = head / (VALUE_HEADS / KEY_HEADS);
+    int at = c.thread;  // among q and k
+    const u32* own = projected + at / KEY_HEAD_DIM * KEY_DIM + key_head * KEY_HEAD_DIM + at % KEY_HEAD_DIM;
+    // Lanes 0 and 1: the values; 2 and 3: the gates; 4: beta; 5: the decay's logarithm.
+    const u32* more = projected + (c.lane < 2 ? 2 * KEY_DIM + 2 * pair : c.lane < 4 ? CONV_DIM + 2 * pair - 2
+                                   : CONV_DIM + VALUE_DIM + (c.lane - 4) * (VALUE_HEADS - 1) - 4 + head) + c.lane;
+    const u32* const slots[2] = {own, c.lane < 6 ? more : own};
+    await_word(projected + CONV_DIM + VALUE_DIM + VALUE_HEADS + head, tag, c.watchdog);
+    float words[2];
+    receive_words<2>(words, slots, tag, c.watchdog);
+    shared.qk[0][at] = words[0];
+    consumer_barrier();
+    DeltaInputs in;
+    in.q = *(const float4*)(shared.qk[0] + 4 * c.lane);
+    in.k = *(const float4*)(shared.qk[1] + 4 * c.lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        in.value[i] = __shfl_sync(0xFFFFFFFFu, words[1], i);
+        in.gate[i] = __shfl_sync(0xFFFFFFFFu, words[1], 2 + i);
+    }
+    in.beta = __shfl_sync(0xFFFFFFFFu, words[1], 4);
+    in.decay = __expf(__shfl_sync(0xFFFFFFFFu, words[1], 5));
+    return in;
+}
+
 // Delta rule for one column pair. The state is read once: S^T k and S^T q come from the state before its update,
-// o = decay * S^T q + delta * (k . q). Publishes pairs (o, gate) for the gated norm.
-__device__ __forceinline__ void delta_rule(Consumer& c, const LinearLayer& layer, StateColumns& s, int pair, const u32* projected,
-                                           u32* mixed, u32 tag) {
-    int head = pair / PAIRS_PER_HEAD, key_head = head / (VALUE_HEADS / KEY_HEADS), column = pair * 2;
-    const u32* gates = projected + CONV_DIM + VALUE_DIM;
-    const u32* value = projected + 2 * KEY_DIM + column;
-    const u32* gate = projected + CONV_DIM + column;
-    const u32* const four_slots[2] = {projected + key_head * KEY_HEAD_DIM + 4 * c.lane, projected + KEY_DIM + key_head * KEY_HEAD_DIM + 4 * c.lane};
-    const u32* const word_slots[6] = {value, value + 1, gate, gate + 1, gates + head, gates + VALUE_HEADS + head};
-    float4 qk[2];
-    float words[6];
-    await_word(word_slots[5], tag, c.watchdog);
-    receive_all<2, 6>(qk, four_slots, words, word_slots, 63, tag, c.watchdog);
-    float4 q = qk[0], k = qk[1];
-    float v0 = words[0], v1 = words[1], gate0 = words[2], gate1 = words[3], beta = words[4], decay = __expf(words[5]);
+// o = decay * S^T q + delta * (k . q).
+__device__ __forceinline__ float2 delta_rule(const DeltaInputs& in, StateColumns& s, int lane) {
+    float4 q = in.q, k = in.k;
     float sums[8] = {dot4(q, q), dot4(k, k), dot4(k, q), dot4(s.first, k), dot4(s.second, k), dot4(s.first, q), dot4(s.second, q), 0};
-    float mine = warp_sum_scatter(sums, c.lane);  // lane l: sum l / 4
+    float mine = warp_sum_scatter(sums, lane);  // lane l: sum l / 4
     float qq = __shfl_sync(0xFFFFFFFFu, mine, 0), kk = __shfl_sync(0xFFFFFFFFu, mine, 4), kq = __shfl_sync(0xFFFFFFFFu, mine, 8);
     float sk0 = __shfl_sync(0xFFFFFFFFu, mine, 12), sk1 = __shfl_sync(0xFFFFFFFFu, mine, 16);
     float sq0 = __shfl_sync(0xFFFFFFFFu, mine, 20), sq1 = __shfl_sync(0xFFFFFFFFu, mine, 24);
     float q_scale = rsqrtf(qq + 1e-6f) * rsqrtf((float)KEY_HEAD_DIM), k_scale = rsqrtf(kk + 1e-6f);
-    float delta0 = beta * (v0 - decay * k_scale * sk0), delta1 = beta * (v1 - decay * k_scale * sk1);
+    float delta0 = in.beta * (in.value[0] - in.decay * k_scale * sk0), delta1 = in.beta * (in.value[1] - in.decay * k_scale * sk1);
     float alignment = kq * k_scale * q_scale;
-    float o0 = decay * q_scale * sq0 + delta0 * alignment, o1 = decay * q_scale * sq1 + delta1 * alignment;
-    if (c.lane == 0) store_relaxed2(mixed + 2 * column, tagged(o0, tag), tagged(gate0, tag));
-    if (c.lane == 1) store_relaxed2(mixed + 2 * column + 2, tagged(o1, tag), tagged(gate1, tag));
-    s.first = decayed_plus(decay, s.first, k, k_scale * delta0);
-    s.second = decayed_plus(decay, s.second, k, k_scale * delta1);
-    *(float4*)state_column(layer, pair, c.lane) = s.first;
-    *(float4*)(state_column(layer, pair, c.lane) + KEY_HEAD_DIM) = s.second;
+    float2 o = make_float2(in.decay * q_scale * sq0 + delta0 * alignment, in.decay * q_scale * sq1 + delta1 * alignment);
+    s.first = decayed_plus(in.decay, s.first, k, k_scale * delta0);
+    s.second = decayed_plus(in.decay, s.second, k, k_scale * delta1);
+    return o;
 }
 
-// Receives this warp's slice of the delta rule's output, with the gated norm: o / rms(o of the head) * gate.
+// Receives this warp's slice of the delta rule's output, with the gated norm: o * gate / rms(o of the head).
 __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed, u32 tag) {
     constexpr int SLICE = VALUE_DIM / CONSUMER_WARPS;
     constexpr int AT_ONCE = SLICE > VALUE_HEAD_DIM ? 2 : 1;  // heads
+    static_assert(VALUE_HEAD_DIM == 4 * 32 && PAIRS_PER_HEAD == 2 * 32, "four columns and two pairs a lane");
     c.locate();
     int start = slice_start(VALUE_DIM, c.warp), end = (start + SLICE + VALUE_HEAD_DIM - 1) / VALUE_HEAD_DIM;
-    await_word(mixed + 2 * end * VALUE_HEAD_DIM - 1, tag, c.watchdog);
+    mixed += c.block % COPIES * MIXED_LINEAR;
+    await_word(mixed + end * MIXED_HEAD - 1, tag, c.watchdog);
 #pragma unroll 1
     for (int head = start / VALUE_HEAD_DIM; head < end; head += AT_ONCE) {
-        float4 pairs[2 * AT_ONCE];  // of head i: (o, gate) of columns 4 l to 4 l + 3 in 2 i and 2 i + 1
-        const u32* slots[2 * AT_ONCE];
-        float none[1];
-        const u32* const no_slot[1] = {nullptr};
-#pragma unroll
-        for (int i = 0; i < 2 * AT_ONCE; ++i)
-            slots[i] = mixed + 2 * (min(head + i / 2, end - 1) * VALUE_HEAD_DIM + 4 * c.lane) + i % 2 * 4;
-        receive_all<2 * AT_ONCE, 1>(pairs, slots, none, no_slot, 0, tag, c.watchdog);
+        float4 columns[AT_ONCE];
+        float squares[2 * AT_ONCE];
+        const u32 *column_slots[AT_ONCE], *square_slots[2 * AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            float4 low = pairs[2 * i], high = pairs[2 * i + 1];
-            float squares = low.x * low.x + low.z * low.z + high.x * high.x + high.z * high.z;
-            float scale = rsqrtf(warp_sum(squares) / VALUE_HEAD_DIM + NORM_EPS);
-            float4 y = make_float4(low.x * low.y * scale, low.z * low.w * scale, high.x * high.y * scale, high.z * high.w * scale);
+            const u32* from = mixed + min(head + i, end - 1) * MIXED_HEAD;
+            column_slots[i] = from + 4 * c.lane;
+            square_slots[2 * i] = from + VALUE_HEAD_DIM + c.lane;
+            square_slots[2 * i + 1] = from + VALUE_HEAD_DIM + 32 + c.lane;
+        }
+        receive_all<AT_ONCE, 2 * AT_ONCE>(columns, column_slots, squares, square_slots, ~0u, tag, c.watchdog);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            float scale = rsqrtf(warp_sum(squares[2 * i] + squares[2 * i + 1]) / VALUE_HEAD_DIM + NORM_EPS);
+            float4 y = make_float4(columns[i].x * scale, columns[i].y * scale, columns[i].z * scale, columns[i].w * scale);
             int column = (head + i) * VALUE_HEAD_DIM + 4 * c.lane;
             if (column >= start && column < start + SLICE) store_activations(c, (column - start) / 4, y);
         }
@@ -133,8 +158,8 @@ __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed
     c.mark(MARK_RECEIVED);
 }
 
-__device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer& layer, const Channels& channels, float squares,
-                                                 u32 tag) {
+__device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer& layer, HeadInputs& head_inputs, const Channels& channels,
+                                                 float squares, u32 tag) {
     // The state does not depend on this token: fetch it while the projections stream.
     StateColumns state[PAIRS_PER_WARP];
     c.locate();
@@ -155,7 +180,19 @@ __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer&
 #pragma unroll
     for (int i = 0; i < PAIRS_PER_WARP; ++i) {
         int pair = first_pair + i * BLOCKS * CONSUMER_WARPS;
-        if (pair < COLUMN_PAIRS) delta_rule(c, layer, state[i], pair, channels.projected, channels.mixed, tag);
+        if (pair < COLUMN_PAIRS) {
+            if (i) consumer_barrier();  // the last head's q and k are read
+            DeltaInputs in = receive_delta_inputs(c, head_inputs, channels.projected, pair, tag);
+            float2 o = delta_rule(in, state[i], c.lane);
+            int at = pair / PAIRS_PER_HEAD * MIXED_HEAD, in_head = pair % PAIRS_PER_HEAD;
+            if (c.lane < COPIES) {
+                u32* head = channels.mixed + c.lane * MIXED_LINEAR + at;
+                store_relaxed2(head + 2 * in_head, tagged(o.x * in.gate[0], tag), tagged(o.y * in.gate[1], tag));
+                publish(head + VALUE_HEAD_DIM + in_head, o.x * o.x + o.y * o.y, tag);
+            }
+            *(float4*)state_column(layer, pair, c.lane) = state[i].first;
+            *(float4*)(state_column(layer, pair, c.lane) + KEY_HEAD_DIM) = state[i].second;
+        }
     }
     c.mark(MARK_ATTENDED);
     receive_gated_norm(c, channels.mixed, tag);

@@ -18,31 +18,12 @@ __device__ __forceinline__ float untagged(u32 word) { return __uint_as_float(wor
 __device__ __forceinline__ void publish(u32* slot, float value, u32 tag) { store_relaxed(slot, tagged(value, tag)); }
 
 __device__ __forceinline__ bool has_tag(u32 word, u32 tag) { return ((word ^ tag) & 0xFFu) == 0; }
-
-// Waits for one word.
-__device__ __forceinline__ float receive(const u32* slot, u32 tag, Watchdog& watchdog) {
-    u32 word = load_relaxed(slot);
-    while (!has_tag(word, tag)) {
-        watchdog.check();
-        word = load_relaxed(slot);
-    }
-    return untagged(word);
-}
+__device__ __forceinline__ bool have_tag(uint4 w, u32 tag) { return (((w.x ^ tag) | (w.y ^ tag) | (w.z ^ tag) | (w.w ^ tag)) & 0xFFu) == 0; }
 
 // Waits for one word, with one sector of traffic a poll and not a whole slice: hundreds of warps that poll all that they
 // are waiting for keep L2 from the weights, and from the very words that they wait for.
 __device__ __forceinline__ void await_word(const u32* slot, u32 tag, Watchdog& watchdog) {
     while (!has_tag(load_relaxed(slot), tag)) watchdog.check();
-}
-
-// Waits for four consecutive words (16-byte aligned).
-__device__ __forceinline__ float4 receive4(const u32* slot, u32 tag, Watchdog& watchdog) {
-    uint4 w = load_relaxed4(slot);
-    while (!(has_tag(w.x, tag) && has_tag(w.y, tag) && has_tag(w.z, tag) && has_tag(w.w, tag))) {
-        watchdog.check();
-        w = load_relaxed4(slot);
-    }
-    return make_float4(untagged(w.x), untagged(w.y), untagged(w.z), untagged(w.w));
 }
 
 // Waits for `COUNT` groups of four words, all loads in flight at once; group i is at slot + i * stride.
@@ -59,7 +40,7 @@ __device__ __forceinline__ void receive4_many(float4 (&out)[COUNT], const u32* s
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
             if (i < valid)
-                ready &= has_tag(w[i].x, tag) && has_tag(w[i].y, tag) && has_tag(w[i].z, tag) && has_tag(w[i].w, tag);
+                ready &= have_tag(w[i], tag);
         if (!ready) watchdog.check();
     } while (!ready);
 #pragma unroll
@@ -83,13 +64,30 @@ __device__ __forceinline__ void receive_all(float4 (&fours)[FOURS], const u32* c
         ready = true;
 #pragma unroll
         for (int i = 0; i < FOURS; ++i)
-            ready &= has_tag(f[i].x, tag) && has_tag(f[i].y, tag) && has_tag(f[i].z, tag) && has_tag(f[i].w, tag);
+            ready &= have_tag(f[i], tag);
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) ready &= has_tag(w[i], tag);
         if (!ready) watchdog.check();
     } while (!ready);
 #pragma unroll
     for (int i = 0; i < FOURS; ++i) fours[i] = make_float4(untagged(f[i].x), untagged(f[i].y), untagged(f[i].z), untagged(f[i].w));
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) words[i] = untagged(w[i]);
+}
+
+// Waits for single words, all loads in flight at once.
+template <int WORDS>
+__device__ __forceinline__ void receive_words(float (&words)[WORDS], const u32* const (&slots)[WORDS], u32 tag, Watchdog& watchdog) {
+    u32 w[WORDS];
+    bool ready;
+    do {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) w[i] = load_relaxed(slots[i]);
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) ready &= has_tag(w[i], tag);
+        if (!ready) watchdog.check();
+    } while (!ready);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = untagged(w[i]);
 }

@@ -5,8 +5,8 @@
 // behind one barrier. The layout of the tape is that of gpu/tape.py: stages never reach across row groups.
 #pragma once
 
-#include "primitive/exchange.cuh"
 #include "primitive/mma.cuh"
+#include "primitive/packed.cuh"
 #include "primitive/ring.cuh"
 #include "primitive/timeline.cuh"
 #include "primitive/warp.cuh"
@@ -57,17 +57,18 @@ __device__ __forceinline__ void store_activations(Consumer& c, int i, float4 v) 
     at[2] = pack2(v.z, v.w);
 }
 
-// Receives this warp's slice of an exchanged vector, times `scale` if given, and stores it as activations.
+// Receives this warp's slice of a packed vector, times `scale` if given, and stores it as activations.
 // Returns this lane's part of the slice's sum of squares (before scaling).
 template <int COLUMNS>
-__device__ __forceinline__ float receive_activations(Consumer& c, const u32* channel, u32 tag, const float* scale) {
+__device__ __forceinline__ float receive_activations(Consumer& c, const u32* channel, u32 epoch, const float* scale) {
     constexpr int VECTORS = COLUMNS / CONSUMER_WARPS / 4;
     constexpr int PER_LANE = (VECTORS + 31) / 32;
-    constexpr int AT_ONCE = PER_LANE < 4 ? PER_LANE : 4;
+    constexpr int AT_ONCE = PER_LANE <= 4 ? PER_LANE : 2;  // more would need too many registers
     c.locate();
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;
-    await_word(channel + start + COLUMNS / CONSUMER_WARPS - 1, tag, c.watchdog);
+    channel = packed_copy<COLUMNS>(channel, c.block);
+    await_packed(channel + (start + COLUMNS / CONSUMER_WARPS) / 2 - 1, epoch, c.watchdog);
     for (int base = 0; base < PER_LANE; base += AT_ONCE) {
         int first = base * 32 + c.lane;
         int valid = (VECTORS - first + 31) / 32;
@@ -77,7 +78,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, const u32* cha
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
                 if (i < valid) factor[i] = load_constant4(scale + start + 4 * (first + 32 * i));
-        receive4_many<AT_ONCE>(v, channel + start + 4 * first, 128, valid, tag, c.watchdog);
+        receive_packed<AT_ONCE>(v, channel + (start + 4 * first) / 2, 64, valid, epoch, c.watchdog);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
             if (i < valid) {
@@ -116,6 +117,8 @@ struct Slice {
     __device__ __forceinline__ uint2 operator[](int tile) const { return IN_REGISTERS ? words[tile] : *(const uint2*)(source + tile * 16); }
 };
 
+__device__ constexpr int stages_of(int tiles) { return (tiles + TILES_PER_STAGE - 1) / TILES_PER_STAGE; }
+
 // A stage of a row group in registers: COUNT tiles of this warp.
 template <int COUNT>
 __device__ __forceinline__ void fetch_stage(Consumer& c, uint4 (&w)[TILES_PER_STAGE]) {
@@ -126,46 +129,46 @@ __device__ __forceinline__ void fetch_stage(Consumer& c, uint4 (&w)[TILES_PER_ST
     c.next.advance();
 }
 
-// This warp's part of the sums of one row group; row r is with the lanes 4 r. The group's first stage is in `w`; while a
-// stage is multiplied the next one is fetched, across groups unless this is the `last`.
+// This warp's part of the sums of one row group; row r is with the lanes 4 r. The group's first stage is in `a`; while a
+// stage is multiplied the next one is fetched, across groups unless this is the `last`. The first stage of the next group
+// ends up in `a` where a group has an even number of stages, otherwise in `b`.
 template <int TILES>
-__device__ __forceinline__ float multiply_group(Consumer& c, const Slice<TILES>& x, uint4 (&w)[TILES_PER_STAGE], bool last) {
-    constexpr int STAGES = (TILES + TILES_PER_STAGE - 1) / TILES_PER_STAGE;
+__device__ __forceinline__ float multiply_group(Consumer& c, const Slice<TILES>& x, uint4 (&a)[TILES_PER_STAGE], uint4 (&b)[TILES_PER_STAGE],
+                                                bool last) {
+    constexpr int STAGES = stages_of(TILES), PAIRS = (STAGES - 1) / 2;
     constexpr int FIRST = TILES < TILES_PER_STAGE ? TILES : TILES_PER_STAGE, LAST = TILES - (STAGES - 1) * TILES_PER_STAGE;
-    Accumulator acc[TILES_PER_STAGE] = {};
-    uint4 next[TILES_PER_STAGE];
-    // Stage `stage` is in `w`: multiply it, and put what was fetched meanwhile in its place.
-    auto multiply = [&](u32 stage, int first, int count) {
+    Accumulator acc[2] = {};
+    u32 stage = c.next.stage - 1;
+    auto multiply = [&](const uint4 (&w)[TILES_PER_STAGE], int first, int count) {
 #pragma unroll
         for (int i = 0; i < TILES_PER_STAGE; ++i)
-            if (i < count) tile_mma(acc[i], w[i], x[first + i]);
-        release_stage(c.ring, stage, c.warp, c.lane);
-#pragma unroll
-        for (int i = 0; i < TILES_PER_STAGE; ++i) w[i] = next[i];
+            if (i < count) tile_mma(acc[i & 1], w[i], x[first + i]);
+        release_stage(c.ring, stage++, c.warp, c.lane);
     };
-    u32 stage = c.next.stage - 1;
+    auto pair = [&](int p) {
+        fetch_stage<TILES_PER_STAGE>(c, b);
+        multiply(a, 2 * p * TILES_PER_STAGE, TILES_PER_STAGE);
+        if (2 * p + 2 == STAGES - 1) fetch_stage<LAST>(c, a);
+        else fetch_stage<TILES_PER_STAGE>(c, a);
+        multiply(b, (2 * p + 1) * TILES_PER_STAGE, TILES_PER_STAGE);
+    };
     if constexpr (Slice<TILES>::IN_REGISTERS) {
 #pragma unroll
-        for (int s = 0; s < STAGES - 1; ++s, ++stage) {
-            if (s + 1 == STAGES - 1) fetch_stage<LAST>(c, next);
-            else fetch_stage<FIRST>(c, next);
-            multiply(stage, s * TILES_PER_STAGE, TILES_PER_STAGE);
-        }
+        for (int p = 0; p < PAIRS; ++p) pair(p);
     } else {
 #pragma unroll 1
-        for (int s = 0; s < STAGES - 2; ++s, ++stage) {
-            fetch_stage<FIRST>(c, next);
-            multiply(stage, s * TILES_PER_STAGE, TILES_PER_STAGE);
-        }
-        fetch_stage<LAST>(c, next);
-        multiply(stage++, (STAGES - 2) * TILES_PER_STAGE, TILES_PER_STAGE);
+        for (int p = 0; p < PAIRS; ++p) pair(p);
     }
-    if (!last) fetch_stage<FIRST>(c, next);
-    multiply(stage, (STAGES - 1) * TILES_PER_STAGE, LAST);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < TILES_PER_STAGE; ++i) sum += acc[i].row_sum();
-    return sum;
+    if constexpr (STAGES % 2 == 0) {
+        fetch_stage<LAST>(c, b);
+        multiply(a, (STAGES - 2) * TILES_PER_STAGE, TILES_PER_STAGE);
+        if (!last) fetch_stage<FIRST>(c, a);
+        multiply(b, (STAGES - 1) * TILES_PER_STAGE, LAST);
+    } else {
+        if (!last) fetch_stage<FIRST>(c, b);
+        multiply(a, (STAGES - 1) * TILES_PER_STAGE, LAST);
+    }
+    return acc[0].row_sum() + acc[1].row_sum();
 }
 
 // y = W x for this block's rows. `squares` is the lane's sum of squares of its part of x (0 where no norm is wanted).
@@ -177,17 +180,26 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
     constexpr int GROUPS = (ROWS + 7) / 8;
     c.locate();
     int group = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
-    squares = warp_sum(squares);
     Slice<TILES> x(c);
-    uint4 w[TILES_PER_STAGE];
-    if (group < end) fetch_stage<(TILES < TILES_PER_STAGE ? TILES : TILES_PER_STAGE)>(c, w);
+    uint4 even[TILES_PER_STAGE], odd[TILES_PER_STAGE];
+    if (group < end) fetch_stage<(TILES < TILES_PER_STAGE ? TILES : TILES_PER_STAGE)>(c, even);
+    squares = warp_sum(squares);
     while (group < end) {
         int count = min(BATCH_GROUPS, end - group);
         finish.prepare(group, count);
-#pragma unroll 1
-        for (int local = 0; local < count; ++local) {
-            float sum = multiply_group<TILES>(c, x, w, group + local + 1 == end);
+        auto multiply = [&](uint4 (&a)[TILES_PER_STAGE], uint4 (&b)[TILES_PER_STAGE], int local) {
+            float sum = multiply_group<TILES>(c, x, a, b, group + local + 1 == end);
             if (c.lane % 4 == 0) c.sums[c.buffer][c.warp][local * 8 + c.lane / 4] = sum;
+        };
+        if constexpr (stages_of(TILES) % 2 == 0) {
+#pragma unroll 1
+            for (int local = 0; local < count; ++local) multiply(even, odd, local);
+        } else {
+#pragma unroll 1
+            for (int local = 0; local < count; local += 2) {
+                multiply(even, odd, local);
+                if (local + 1 < count) multiply(odd, even, local + 1);
+            }
         }
         if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
         c.mark(MARK_MULTIPLIED);

@@ -193,7 +193,7 @@ inline void store_shared4(u32 a, uint4 v) { *(uint4*)at_shared(a) = v; }
 inline void copy_async16(u32 shared, const void* global) { memcpy(at_shared(shared), global, 16); }
 inline void copy_commit() {}
 template <int PENDING> inline void copy_wait() {}
-inline void arrive_global(u32* p) { ++*p; ++progress; }
+inline void arrive_at(u32* p) { ++*p; ++progress; }
 inline u32 load_acquire(const u32* p) { u32 v = *p; yield("grid barrier"); return v; }
 
 // ---- mbarriers and bulk copies ----

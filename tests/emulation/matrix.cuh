@@ -37,3 +37,14 @@ static inline u32 transpose8(u32 v) {
     });
     return (u32)cur->warp->out[cur->lane];
 }
+static inline u32 pack_half2(float low, float high) {
+    _Float16 h[2] = {(_Float16)low, (_Float16)high};
+    u32 v;
+    memcpy(&v, h, 4);
+    return v;
+}
+static inline float2 unpack_half2(u32 v) {
+    _Float16 h[2];
+    memcpy(h, &v, 4);
+    return {(float)h[0], (float)h[1]};
+}

@@ -1,4 +1,7 @@
-"""CudaBatch: many states a launch on the GPU, and beside them the rows that need the host for each token."""
+"""CudaBatch: many states a launch on the GPU, and beside them the rows that need the host for each token.
+
+No kernel for it has landed yet (docs/log.md), so that CudaBackend does not use it: rows take turns there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from onekernel.backend.batch import Batch, Made, Row
 
 
 class BatchKernel(Protocol):
-    """The part of gpu.batch_decoder.BatchDecoder that is used here."""
+    """What a decode kernel of many rows offers."""
 
     slots: int
 

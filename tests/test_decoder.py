@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,23 @@ def test_memory_is_mostly_the_weights_and_grows_with_the_model() -> None:
         assert untied - needed[-1] == (2 * shape.vocab * shape.hidden if shape.tied else 0)
     assert needed == sorted(needed)
     assert needed[-1] == pytest.approx(2 * 26_895_998_464, rel=0.02)
+
+
+def test_memory_that_is_kept_for_states_counts_as_free() -> None:
+    """Otherwise parking a state would gain nothing, and whoever waits for room would wait on."""
+    one = object.__new__(decoder.Decoder)
+    one.gpu, one.pool = SimpleNamespace(memory_free=lambda: 1000), SimpleNamespace(spare=200)
+    assert one.memory_free() == 1200
+
+
+@pytest.mark.parametrize(
+    ("positions", "capacity"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 8192), (8192, 8192), (100_000, 131_072)]
+)
+def test_capacities_double(positions: int, capacity: int) -> None:
+    assert decoder.capacity_for(positions) == capacity
+    assert decoder.state_bytes(SIZES["0.8b"], capacity) == (
+        decoder.recurrent_bytes(SIZES["0.8b"]) + decoder.cache_bytes(SIZES["0.8b"], capacity)
+    )
 
 
 def test_cache_and_recurrent_state_have_the_sizes_of_the_documentation() -> None:

@@ -7,6 +7,7 @@ sanitizer, not_run}. It excuses a test or a tool of that name with that very err
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 REPORTS = sorted((BENCHMARKS / "gpu").glob("*.json"))
 
 
-def reasons(pending: list[dict], kind: str, name: str) -> list[str]:
+def reasons(pending: Sequence[dict], kind: str, name: str) -> list[str]:
     """The errors that are excused for a test or a tool."""
     return [entry["reason"] for entry in pending if name in entry.get(kind, [])]
 
 
-def complaints(report: dict, digest: str, pending: list[dict] = []) -> list[str]:  # noqa: B006
+def complaints(report: dict, digest: str, pending: Sequence[dict] = ()) -> list[str]:
     found = []
     if report["kernel_sources"] != digest:
         found.append("the kernel sources have changed since: run python tests/gpu/run.py on that GPU again")

@@ -34,9 +34,7 @@ class Backend(Protocol):
     vocabulary_size: int  # tokens that can be sampled; the rest of `shape.vocab` is padding
     max_context: int  # tokens that one state can hold
     prefill_chunk: int  # tokens to give `prefill` at once, where there are more: it cannot be interrupted
-    prefill_cut: (
-        int  # where prompts may be cut: at its multiples. Elsewhere it might change the last bits of what follows
-    )
+    prefill_cut: int  # prompts are cut at its multiples: elsewhere it might change the last bits of what follows
     runs_ahead: bool  # a `generate` that is closed early may have consumed more than it yielded
     most_slots: int  # sequences that one step of a batch serves at about the price of one; 1: they take turns
     # A backend on a GPU may also have `device_seconds: float`, the GPU time of all its launches so far, by the GPU's

@@ -14,7 +14,7 @@ from onekernel.checkpoint.weights import load_weights
 from onekernel.errors import BackendError
 from onekernel.gpu import decoder, parking
 from onekernel.gpu.compile import compiler_version
-from onekernel.gpu.decoder import FIRST_CAPACITY, MOST_GIVEN, Decoder, Snapshot, State
+from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
 from onekernel.gpu.layout import MOST_STOP_TOKENS, Layout
 from onekernel.gpu.parking import Parked
@@ -58,8 +58,7 @@ def memory_needed(shape: Shape) -> int:
 
 def state_bytes(shape: Shape, tokens: int) -> int:
     """Bytes of GPU memory of a state that holds so many tokens."""
-    capacity = max(FIRST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
-    return decoder.recurrent_bytes(shape) + decoder.cache_bytes(shape, capacity)
+    return decoder.state_bytes(shape, decoder.capacity_for(tokens))
 
 
 def _layout(gpu: Gpu, shape: Shape, vocabulary_size: int) -> Layout:
@@ -178,7 +177,7 @@ class CudaBackend(StepwiseBackend[State]):
         return state_bytes(self.shape, tokens)
 
     def memory_free(self) -> int | None:
-        return self.decoder.gpu.memory_free()
+        return self.decoder.memory_free()
 
     def _reserve(self, state: State, positions: int) -> None:
         self.decoder.reserve(state, positions)

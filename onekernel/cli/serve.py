@@ -57,13 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def to_settings(arguments: argparse.Namespace) -> Settings:
     """Raises InvalidRequest: the file of keys cannot be read, or a number makes no sense."""
+    from onekernel.server.security import read_keys
     from onekernel.server.settings import Settings
 
     for name, least in (("max_running", 1), ("max_waiting", 0), ("max_tokens", 1), ("cache_mib", 0), ("grace", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InvalidRequest(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    keys = () if arguments.api_key_file is None else read_keys(arguments.api_key_file)
+    keys = () if arguments.api_key_file is None else read_keys(arguments.api_key_file, "--api-key-file")
     given = {
         "most_running": arguments.max_running,
         "most_waiting": arguments.max_waiting,
@@ -83,15 +84,3 @@ def to_settings(arguments: argparse.Namespace) -> Settings:
         log_prompts=arguments.log_prompts,
         **{name: value for name, value in given.items() if value is not None},
     )
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys in a file, one a line; empty lines and lines that begin with # are skipped."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--api-key-file {path} cannot be read: {error}") from None
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise InvalidRequest(f"--api-key-file {path} holds no key: write one a line")
-    return keys

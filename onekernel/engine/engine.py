@@ -56,12 +56,12 @@ class Engine:
     def batch(self, backend: Backend, wanted: int) -> Batch:
         """What runs up to `wanted` sessions together, if so many can, for who holds the backend. May take long when it
         is made: the first time, and when more are wanted than before."""
-        most = backend.most_slots if backend.most_slots > 1 else LOOP_SLOTS
-        if self._batch is None or self._batch.slots < min(wanted, most):
+        slots = min(wanted, backend.most_slots) if backend.most_slots > 1 else LOOP_SLOTS
+        if self._batch is None or self._batch.slots < slots:
             if self._batch is not None:
                 self._batch.close()
                 self._batch = None
-            self._batch = backend.batch(min(wanted, most) if backend.most_slots > 1 else LOOP_SLOTS)
+            self._batch = backend.batch(slots)
         return self._batch
 
     def batch_slots(self, wanted: int) -> int:

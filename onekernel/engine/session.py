@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from onekernel.engine.engine import Engine
 
 
-ANCHOR_TOKENS = (
-    256  # a lost state is rebuilt from a snapshot: reading so many tokens again takes as long as taking some
-)
+# A lost state is rebuilt from a snapshot: reading so many tokens again takes as long as taking some.
+ANCHOR_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Session:
         """Tokens of the timeline that are not consumed yet, as far as can be told without asking the backend."""
         if self._state is not None:
             return len(self._tokens) - int(self._state.position)
-        return len(self._tokens) - (len(self._anchor.tokens) - 1 if self._anchor and self._anchor.tokens else 0)
+        return len(self._tokens) - max(0, self._anchored - 1)
 
     # ---- for together.py: runs of many sessions ----
 

@@ -67,9 +67,25 @@ def recurrent_bytes(shape: Shape) -> int:
     return 4 * shape.linear_layers * (4 * shape.conv_dim + state)
 
 
+def cache_rows(shape: Shape) -> tuple[int, int]:
+    """How a timeline's KV cache is cut: (rows, each contiguous; bytes of one position in a row)."""
+    return shape.full_layers * 2 * shape.kv_heads, 2 * shape.head_dim
+
+
 def cache_bytes(shape: Shape, positions: int) -> int:
     """Bytes of the KV cache of one timeline."""
-    return shape.full_layers * 2 * shape.kv_dim * positions * 2
+    rows, row = cache_rows(shape)
+    return rows * row * positions
+
+
+def capacity_for(positions: int) -> int:
+    """Positions that a state has room for which must hold so many: capacities double."""
+    return max(FIRST_CAPACITY, 1 << (positions - 1).bit_length())
+
+
+def state_bytes(shape: Shape, capacity: int) -> int:
+    """Bytes of the buffer of a State."""
+    return recurrent_bytes(shape) + cache_bytes(shape, capacity)
 
 
 def memory_needed(shape: Shape, layout: Layout) -> int:
@@ -77,7 +93,7 @@ def memory_needed(shape: Shape, layout: Layout) -> int:
     fixed = tape.plan(shape, layout.blocks).nbytes + (0 if shape.tied else 2 * shape.vocab * shape.hidden)
     scratch = 8 * layout.channel_words + 4 * shape.vocab + FIRST_CAPACITY * shape.rotary_dim * 4
     scratch += sampling.memory_needed(shape.vocab, layout.blocks)
-    return fixed + scratch + recurrent_bytes(shape) + cache_bytes(shape, FIRST_CAPACITY)
+    return fixed + scratch + state_bytes(shape, FIRST_CAPACITY)
 
 
 def check_memory(gpu: Gpu, layout: Layout) -> None:
@@ -154,9 +170,9 @@ class Decoder:
         """
         if positions <= state.capacity:
             return
-        capacity = max(FIRST_CAPACITY, 1 << (positions - 1).bit_length())
-        fixed, nbytes = recurrent_bytes(self.shape), recurrent_bytes(self.shape) + cache_bytes(self.shape, capacity)
-        if not self.pool.has(nbytes) and nbytes > (free := self.gpu.memory_free() + self.pool.spare):
+        capacity = capacity_for(positions)
+        fixed, nbytes = recurrent_bytes(self.shape), state_bytes(self.shape, capacity)
+        if not self.pool.has(nbytes) and nbytes > (free := self.memory_free()):
             raise NotEnoughMemory(
                 f"a context of {positions} tokens needs a cache of {nbytes / 2**30:.2f} GiB on the GPU, and "
                 f"{free / 2**30:.2f} GiB are free: shorten the prompt, or close sessions that are no longer needed"
@@ -174,7 +190,7 @@ class Decoder:
 
     def snapshot(self, state: State) -> Snapshot:
         fixed = recurrent_bytes(self.shape)
-        buffer = self._take(fixed + cache_bytes(self.shape, state.position))
+        buffer = self._take(state_bytes(self.shape, state.position))
         copy_rows(state.buffer.address, fixed, buffer.address, fixed, fixed, 1)
         self._copy_cache(
             state.buffer.address + fixed, state.capacity, buffer.address + fixed, state.position, state.position
@@ -193,6 +209,10 @@ class Decoder:
         )
         return state
 
+    def memory_free(self) -> int:
+        """Bytes that states and snapshots can have: what the GPU has free, and what is kept for them."""
+        return self.gpu.memory_free() + self.pool.spare
+
     def _take(self, nbytes: int) -> DeviceBuffer:
         """Memory for a state or a snapshot, with anything in it."""
         from cuda.bindings import driver
@@ -202,14 +222,13 @@ class Decoder:
         return self.pool.take(nbytes)
 
     def _copy_cache(self, source: int, source_capacity: int, target: int, target_capacity: int, positions: int) -> None:
-        row = 2 * self.shape.head_dim  # bytes of one position
-        rows = self.shape.full_layers * 2 * self.shape.kv_heads
+        rows, row = cache_rows(self.shape)
         copy_rows(source, source_capacity * row, target, target_capacity * row, positions * row, rows)
 
     def _grow_rope(self, positions: int) -> None:
         table_bytes = self.shape.rotary_dim * 4
         if positions * table_bytes > self.rope.nbytes:
-            table = parameters.rope_table(self.shape, max(FIRST_CAPACITY, 1 << (positions - 1).bit_length()))
+            table = parameters.rope_table(self.shape, capacity_for(positions))
             self.rope.free()
             self.rope = DeviceBuffer.of(table.astype(np.float32))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onekernel.checkpoint.shape import Shape
-from onekernel.gpu.decoder import FIRST_CAPACITY, Decoder, State, recurrent_bytes
+from onekernel.gpu.decoder import FIRST_CAPACITY, Decoder, State, cache_rows, recurrent_bytes
 from onekernel.gpu.memory import DeviceBuffer
 
 
@@ -46,6 +46,6 @@ def _parts(shape: Shape, positions: int, capacity: int) -> Iterator[tuple[int, i
     """(offset, bytes) of what a state of this capacity holds after so many tokens: see decoder.State."""
     fixed = recurrent_bytes(shape)
     yield 0, fixed
-    row = 2 * shape.head_dim
-    for i in range(shape.full_layers * 2 * shape.kv_heads):
+    rows, row = cache_rows(shape)
+    for i in range(rows):
         yield fixed + i * capacity * row, positions * row

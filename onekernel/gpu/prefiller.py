@@ -117,10 +117,10 @@ class Prefiller:
 
     def _require(self, tokens: int, needed: int) -> None:
         """Raises NotEnoughMemory if so many bytes are not free."""
-        if needed > (free := self.decoder.gpu.memory_free()) and self.decoder.pool.spare:
-            self.decoder.pool.clear()
-            free = self.decoder.gpu.memory_free()
-        if needed > free:
+        if needed <= self.decoder.gpu.memory_free():
+            return
+        self.decoder.pool.clear()
+        if needed > (free := self.decoder.gpu.memory_free()):
             raise NotEnoughMemory(
                 f"prefill of {tokens} tokens needs {needed:,} bytes of scratch memory on the GPU, and {free:,} are "
                 "free: close sessions that are no longer needed, or other programs that use the GPU"

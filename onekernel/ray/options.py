@@ -10,6 +10,7 @@ from typing import Any
 
 from onekernel.api import Model, load
 from onekernel.errors import InvalidRequest
+from onekernel.server.security import read_keys
 from onekernel.server.settings import Settings
 
 
@@ -71,7 +72,7 @@ class Options:
         """Of the server in a replica. Raises InvalidRequest: the file of keys cannot be read."""
         return Settings(
             model_name=self.name or self.model.rstrip("/").split("/")[-1],
-            keys=_keys(self.keys) if self.keys else (),
+            keys=read_keys(Path(self.keys), "keys =") if self.keys else (),
             hosts=tuple(host for host in self.hosts.split(",") if host),
             most_running=self.max_running or None,
             most_waiting=self.max_waiting,
@@ -84,14 +85,3 @@ class Options:
         if gpus < 0:
             gpus = 0.0 if self.backend == "cpu" or not cluster_gpus else 1.0
         return self.replicas or (max(1, int(cluster_gpus / gpus)) if gpus else 1), gpus
-
-
-def _keys(path: str) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise InvalidRequest(f"keys = {path} cannot be read: {error.strerror or error}") from None
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise InvalidRequest(f"keys = {path} holds no key: write one a line")
-    return keys

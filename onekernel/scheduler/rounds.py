@@ -90,7 +90,7 @@ class Rounds:
             self._guarded(turn, partial(self._end, turn, "cancelled"))
         self.room.bring_back(self.running)
         self._read_prompts()
-        ready = [turn for turn in self.running if not turn.parked and not turn.unread and not turn.stops]
+        ready = [turn for turn in self.running if not (turn.parked or turn.reads)]
         if len(ready) == 1 and len(self.running) == 1 and not self._deterministic:
             self._guarded(ready[0], partial(self._decode_alone, ready[0]))
         elif ready:
@@ -102,7 +102,7 @@ class Rounds:
 
     def _read_prompts(self) -> None:
         """Read parts of prompts until the time for that is over, or all are read."""
-        waiting = [turn for turn in self.running if not turn.parked and (turn.unread or turn.stops)]
+        waiting = [turn for turn in self.running if turn.reads and not turn.parked]
         streams = any(turn.generated and not turn.parked for turn in self.running)
         most_s, spent = PREFILL_S if streams and not self._patient else QUIET_PREFILL_S, 0.0
         while waiting and spent < most_s:
@@ -118,8 +118,7 @@ class Rounds:
             left_to_the_run = 0 if self._engine.runs_ahead or turn.unread else read * self._prefill_s
             spent += max(time.perf_counter() - started_at, left_to_the_run)
             turn.served += read * min(1.0, self._prefill_s / self._step_s)
-            waiting = [turn for turn in waiting if turn in self.running and not turn.parked]
-            waiting = [turn for turn in waiting if turn.unread or turn.stops]
+            waiting = [turn for turn in waiting if turn in self.running and turn.reads and not turn.parked]
             if not read:  # there was no memory
                 return
 
@@ -137,7 +136,7 @@ class Rounds:
         started_at = time.perf_counter()
         session.extend(prompt[len(session) :][:count])
         self.prefilled += count
-        if not (turn.unread or turn.stops or self._engine.runs_ahead):
+        if not (turn.reads or self._engine.runs_ahead):
             return
         session.prefill()
         self._prefill_timed(time.perf_counter() - started_at, count)

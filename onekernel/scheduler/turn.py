@@ -53,6 +53,11 @@ class Turn:
         return max(0, len(self.request.prompt) - len(self.session))
 
     @property
+    def reads(self) -> bool:
+        """Whether it has some of the prompt before it, or a snapshot to take of it."""
+        return bool(self.unread or self.stops)
+
+    @property
     def left(self) -> int:
         """Tokens that the answer may still have."""
         room = self._max_context - len(self.session)

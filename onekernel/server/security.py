@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -42,6 +43,25 @@ def check_address(settings: Settings) -> None:
             f"--host {settings.host} can be reached from other machines, and there is no key: give --api-key-file, or "
             "--allow-public if everybody may use the model"
         )
+
+
+def read_keys(path: Path, option: str) -> tuple[str, ...]:
+    """The keys in a file, one a line; empty lines and lines that begin with # are skipped.
+
+    Args:
+        option: that named the file, as errors call it.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or holds no key.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{option} {path} cannot be read: {error}") from None
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise InvalidRequest(f"{option} {path} holds no key: write one a line")
+    return keys
 
 
 class Guard:

@@ -15,9 +15,8 @@ import pytest
 from serving import ServerThread
 
 from onekernel.cli import main
-from onekernel.cli.serve import read_keys
 from onekernel.errors import InvalidRequest
-from onekernel.server.security import check_address, is_loopback
+from onekernel.server.security import check_address, is_loopback, read_keys
 from onekernel.server.settings import Settings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -63,12 +62,12 @@ def test_the_command_refuses_a_public_address(capsys: pytest.CaptureFixture[str]
 def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# ours\none\n\n two \n")
-    assert read_keys(path) == ("one", "two")
+    assert read_keys(path, "--api-key-file") == ("one", "two")
     path.write_text("# none\n")
-    with pytest.raises(InvalidRequest, match="holds no key"):
-        read_keys(path)
-    with pytest.raises(InvalidRequest, match="cannot be read"):
-        read_keys(tmp_path / "missing")
+    with pytest.raises(InvalidRequest, match=r"--api-key-file .* holds no key"):
+        read_keys(path, "--api-key-file")
+    with pytest.raises(InvalidRequest, match=r"--api-key-file .* cannot be read"):
+        read_keys(tmp_path / "missing", "--api-key-file")
 
 
 def test_one_of_the_keys_is_needed(scripted: Start) -> None:

@@ -132,9 +132,9 @@ class Layout:
     def channel_words(self) -> int:
         """32-bit words of one buffer of the vectors that blocks exchange (`Channels` in state.cuh)."""
         s = self.shape
-        packed = 2 * s.hidden + s.intermediate + s.query_dim  # two columns a word, in two copies
+        twice = 2 * s.hidden + max(s.value_dim * 3 // 2, s.query_dim) + s.intermediate
         once = max(projected_linear(s), projected_full(s)), s.heads * self.splits * (s.head_dim + 4)
-        return packed + 3 * s.value_dim + sum(-(-words // 8) * 8 for words in once)
+        return 2 * twice + sum(-(-words // 8) * 8 for words in once)
 
 
 def projected_linear(shape: Shape) -> int:

@@ -162,13 +162,13 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 if (c.thread == 0) shared.finished = 1;
                 return;
             }
-            Channels channels = channels_of(a.exchange, step, layer);
-            u32 tag = channels.tag;
+            u32 tag = tag_of(step * LAYERS + layer);
+            Channels channels = channels_of(a.exchange, layer);
             const float* parameters = layer_parameters(a.parameters, layer);
             int full = full_layers_before(layer);
             u8* state = a.state;
             c.enter(PHASE_INPUT, layer);
-            ResidualFinish after_mixer{&c, shared.residual, channels.after_mixer, channels.epoch};
+            ResidualFinish after_mixer{&c, shared.residual, channels.after_mixer, tag};
             if (is_full(layer)) {
                 FullLayer weights;
                 weights.q_norm = parameters + 2 * HIDDEN;
@@ -192,12 +192,12 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
             // the more of them stay in the cache.
             if (QUERY_DIM == VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             c.enter(PHASE_INPUT, layer);
-            squares = receive_activations<HIDDEN>(c, channels.after_mixer, channels.epoch, parameters + HIDDEN);
-            ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, channels.epoch};
-            mlp(c, channels, squares, after_mlp);
+            squares = receive_activations<HIDDEN>(c, channels.after_mixer, tag, parameters + HIDDEN);
+            ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, tag};
+            mlp(c, channels, squares, tag, after_mlp);
             // The input of the next layer, or of the LM head.
             const float* next_norm = layer_parameters(a.parameters, layer + 1);
-            squares = receive_activations<HIDDEN>(c, channels.after_mlp, channels.epoch, next_norm);
+            squares = receive_activations<HIDDEN>(c, channels.after_mlp, tag, next_norm);
         }
 
         c.enter(PHASE_TOKEN, LAYERS);

@@ -285,7 +285,7 @@ __device__ __forceinline__ void merge_splits(Consumer& c, const Channels& channe
         total = warp_sum(total);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 8);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 16);
-        publish_packed<QUERY_DIM>(channels.attended, head * HEAD_DIM + dim, o / total * sigmoid(gate), c.lane < 8, channels.attended_epoch);
+        if (c.lane < 8) publish_to_all<QUERY_DIM>(channels.mixed, head * HEAD_DIM + dim, o / total * sigmoid(gate), tag);
     }
 }
 
@@ -298,5 +298,5 @@ __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, c
     c.mark(MARK_ATTENDED);
     c.enter(PHASE_MERGE, c.watchdog.layer);
     merge_splits(c, channels, position, tag);
-    receive_activations<QUERY_DIM>(c, channels.attended, channels.attended_epoch, nullptr);
+    receive_activations<QUERY_DIM>(c, channels.mixed, tag, nullptr);
 }

@@ -202,6 +202,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
 
         c.enter(PHASE_TOKEN, LAYERS);
         c.mark(MARK_HEAD);
+        if (c.thread == 0) fence_gpu();  // what this block wrote for later tokens (KV cache) comes before its candidate
         u32 tag = tag_of(step);
         bool sample = step >= a.given - 1 + a.no_head;
         HeadFinish finish{&c, nullptr, &a.sampling, sample && a.sampling.active, {0, 0xFFFFFu}};

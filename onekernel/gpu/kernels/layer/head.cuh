@@ -53,7 +53,9 @@ struct Choice {
         return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0;
     }
 };
-__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
+// `published`: this block wrote something for the others since the LM head began, which must be there before its word.
+__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag,
+                                               bool published) {
     best = warp_best(best);
     if (c.lane == 0) shared_best[c.warp] = best;
     consumer_barrier();
@@ -61,8 +63,7 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         best = c.lane < CONSUMER_WARPS ? shared_best[c.lane] : Candidate{0, 0xFFFFFu};
         best = warp_best(best);
         if (c.lane == 0) {
-            // What this block wrote for later tokens (KV cache) is ordered before the word.
-            fence_gpu();
+            if (published) fence_gpu();
             store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | block_flags | tag);
         }
     }

@@ -165,7 +165,7 @@ def _scratch_bytes(shape: Shape, blocks: int, batch_groups: int) -> int:
     group = shape.heads // shape.kv_heads
     attention = group * shape.head_dim * 4 * (1 + CONSUMER_WARPS // 2) + 8 * CONSUMER_WARPS * group + 1024
     sums = 2 * CONSUMER_WARPS * (batch_groups * ROW_GROUP + 1) * 4 + 4 * 2 * shape.key_head_dim
-    counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2) + 7 * 16 * CONSUMER_WARPS
+    counters = 8 * MOST_STAGES + 4 * (CONSUMER_WARPS + 2)
     return max(2 * activation_columns(shape), attention) + sums + counters + 4 * residual_rows(shape, blocks) + 512
 
 

@@ -24,7 +24,6 @@ struct Shared {
         SamplingScratch sampling;
     };
     HeadInputs head_inputs;
-    uint4 landings[EXCHANGES][CONSUMER_WARPS];
     float sums[2][CONSUMER_WARPS][BATCH_ROWS];
     float squares[2][CONSUMER_WARPS];
     float residual[RESIDUAL_ROWS];
@@ -144,7 +143,7 @@ __device__ __forceinline__ float embed(Consumer& c, const DecodeArguments& a, in
 }
 
 __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared, Ring ring) {
-    Consumer c{ring, {0, 0, 0}, 0, shared.landings, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
+    Consumer c{ring, {0, 0, 0}, 0, nullptr, shared.sums, shared.squares, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.activations = shared.activations;
     c.locate();
     int token = 0, step = 0;
@@ -193,12 +192,12 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
             // the more of them stay in the cache.
             if (QUERY_DIM == VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             c.enter(PHASE_INPUT, layer);
-            squares = receive_activations<HIDDEN>(c, AFTER_MIXER, channels.after_mixer, tag, parameters + HIDDEN);
+            squares = receive_activations<HIDDEN>(c, channels.after_mixer, tag, parameters + HIDDEN);
             ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, tag};
             mlp(c, channels, squares, tag, after_mlp);
             // The input of the next layer, or of the LM head.
             const float* next_norm = layer_parameters(a.parameters, layer + 1);
-            squares = receive_activations<HIDDEN>(c, AFTER_MLP, channels.after_mlp, tag, next_norm);
+            squares = receive_activations<HIDDEN>(c, channels.after_mlp, tag, next_norm);
         }
 
         c.enter(PHASE_TOKEN, LAYERS);
@@ -224,8 +223,6 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
             last = choice.flags;
         }
     }
-    copy_commit();
-    copy_wait<0>();  // answers to polls that came after their word was there
     if (c.block == 0 && c.thread == 0) store_host64(a.consumed, 1ull << 63 | (u32)step);
     consumer_barrier();
     if (c.thread == 0) shared.finished = 1;

@@ -67,7 +67,7 @@ __device__ __forceinline__ void norm_and_rope(float (&x)[DIMS], const NormAndRop
 // Receives a vector of a head's size; lane l gets dims 8 l to 8 l + 7.
 __device__ __forceinline__ void receive_head(float (&x)[DIMS], const u32* head, u32 tag, Consumer& c) {
     float4 v[2];
-    await_word(c.landing(PROJECTED), head + HEAD_DIM - 1, tag, c.watchdog);
+    await_word(head + HEAD_DIM - 1, tag, c.watchdog);
     receive4_many<2>(v, head + c.lane * DIMS, 4, 2, tag, c.watchdog);
     x[0] = v[0].x, x[1] = v[0].y, x[2] = v[0].z, x[3] = v[0].w;
     x[4] = v[1].x, x[5] = v[1].y, x[6] = v[1].z, x[7] = v[1].w;
@@ -248,7 +248,7 @@ __device__ __forceinline__ void merge_splits(Consumer& c, const Channels& channe
     for (int item = c.block + BLOCKS * c.warp; item < ITEMS; item += BLOCKS * CONSUMER_WARPS) {
         int head = item / (HEAD_DIM / 8), dim = item % (HEAD_DIM / 8) * 8 + c.lane % 8;
         const u32* partial = channels.partial + (long long)head * MAX_SPLITS * PARTIAL_STRIDE;
-        await_word(c.landing(PARTIAL), partial + (splits - 1) * PARTIAL_STRIDE + HEAD_DIM + 1, tag, c.watchdog);
+        await_word(partial + (splits - 1) * PARTIAL_STRIDE + HEAD_DIM + 1, tag, c.watchdog);
         float total = 0, o = 0, peak = -1e30f, gate = 0;
 #pragma unroll 1
         for (int first = 0; first < splits; first += ROUND) {
@@ -298,5 +298,5 @@ __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, c
     c.mark(MARK_ATTENDED);
     c.enter(PHASE_MERGE, c.watchdog.layer);
     merge_splits(c, channels, position, tag);
-    receive_activations<QUERY_DIM>(c, ATTENDED, channels.mixed, tag, nullptr);
+    receive_activations<QUERY_DIM>(c, channels.mixed, tag, nullptr);
 }

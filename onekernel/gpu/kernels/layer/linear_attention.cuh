@@ -88,7 +88,7 @@ __device__ __forceinline__ DeltaInputs receive_delta_inputs(Consumer& c, HeadInp
     const u32* more = projected + (c.lane < 2 ? 2 * KEY_DIM + 2 * pair : c.lane < 4 ? CONV_DIM + 2 * pair - 2
                                    : CONV_DIM + VALUE_DIM + (c.lane - 4) * (VALUE_HEADS - 1) - 4 + head) + c.lane;
     const u32* const slots[2] = {own, c.lane < 6 ? more : own};
-    await_word(c.landing(PROJECTED), projected + CONV_DIM + VALUE_DIM + VALUE_HEADS + head, tag, c.watchdog);
+    await_word(projected + CONV_DIM + VALUE_DIM + VALUE_HEADS + head, tag, c.watchdog);
     float words[2];
     receive_words<2>(words, slots, tag, c.watchdog);
     shared.qk[0][at] = words[0];
@@ -132,7 +132,7 @@ __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed
     c.locate();
     int start = slice_start(VALUE_DIM, c.warp), end = (start + SLICE + VALUE_HEAD_DIM - 1) / VALUE_HEAD_DIM;
     mixed = copy_for<MIXED_LINEAR>(mixed, c.block);
-    await_word(c.landing(MIXED), mixed + end * MIXED_HEAD - 1, tag, c.watchdog);
+    await_word(mixed + end * MIXED_HEAD - 1, tag, c.watchdog);
 #pragma unroll 1
     for (int head = start / VALUE_HEAD_DIM; head < end; head += AT_ONCE) {
         float4 columns[AT_ONCE];

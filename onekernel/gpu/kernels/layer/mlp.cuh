@@ -22,6 +22,6 @@ struct ActivationFinish {
 __device__ __forceinline__ void mlp(Consumer& c, const Channels& channels, float squares, u32 tag, ResidualFinish& add_to_residual) {
     ActivationFinish finish{&c, channels.activated, tag};
     gemv<2 * INTERMEDIATE, HIDDEN>(c, squares, finish);
-    receive_activations<INTERMEDIATE>(c, ACTIVATED, channels.activated, tag, nullptr);
+    receive_activations<INTERMEDIATE>(c, channels.activated, tag, nullptr);
     gemv<HIDDEN, INTERMEDIATE>(c, 0, add_to_residual);
 }

@@ -5,7 +5,6 @@
 // store, so there is no fence, no counter and no second trip through L2.
 #pragma once
 
-#include "primitive/matrix.cuh"
 #include "primitive/memory.cuh"
 #include "primitive/watchdog.cuh"
 
@@ -22,30 +21,10 @@ __device__ __forceinline__ bool has_tag(u32 word, u32 tag) { return ((word ^ tag
 __device__ __forceinline__ bool have_tag(uint4 w, u32 tag) { return (((w.x ^ tag) | (w.y ^ tag) | (w.z ^ tag) | (w.w ^ tag)) & 0xFFu) == 0; }
 
 // Waits for one word, with one sector of traffic a poll and not a whole slice: hundreds of warps that poll all that they
-// are waiting for keep L2 from the weights, and from the very words that they wait for. The words themselves are received
-// afterwards, with their tags: this is only about when.
-#if __CUDA_ARCH__ >= 900
-constexpr u32 POLL_DISTANCE = 200;  // clocks from one poll to the next
-
-// Polls without waiting for the answers, which land in shared memory at `landing` (16 bytes of this warp's own): a trip
-// through a busy L2 takes several times POLL_DISTANCE, and whoever asks only once a trip learns of a word up to a whole
-// trip late. The slowest of a thousand warps does.
-__device__ __forceinline__ void await_word(u32 landing, const u32* slot, u32 tag, Watchdog& watchdog) {
-    u32 word = landing + (u32)((u64)slot & 12);
-    while (true) {
-        if (threadIdx.x % 32 == 0) copy_async16(landing, (const void*)((u64)slot & ~15ull));
-        u32 start = (u32)clock();
-        do {
-            if (has_tag(load_shared(word), tag)) return;
-        } while ((u32)clock() - start < POLL_DISTANCE);
-        watchdog.check();
-    }
-}
-#else
-__device__ __forceinline__ void await_word(u32, const u32* slot, u32 tag, Watchdog& watchdog) {
+// are waiting for keep L2 from the weights, and from the very words that they wait for.
+__device__ __forceinline__ void await_word(const u32* slot, u32 tag, Watchdog& watchdog) {
     while (!has_tag(load_relaxed(slot), tag)) watchdog.check();
 }
-#endif
 
 // Waits for `COUNT` groups of four words, all loads in flight at once; group i is at slot + i * stride.
 template <int COUNT>

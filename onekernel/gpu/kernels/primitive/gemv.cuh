@@ -13,15 +13,11 @@
 
 constexpr int BATCH_ROWS = 8 * BATCH_GROUPS;
 
-// The exchanges of a layer. Each has a place of its own for answers to polls: one may land late.
-enum Exchange { PROJECTED, MIXED, PARTIAL, ATTENDED, AFTER_MIXER, ACTIVATED, AFTER_MLP, EXCHANGES };
-
 // What the consumer warps of a block share, and where this thread stands.
 struct Consumer {
     Ring ring;
     RingPosition next;              // the next stage of the tape
     u32 landed;                     // stages that are known to be in shared memory
-    uint4 (*landings)[CONSUMER_WARPS];  // shared: where answers to polls land, see await_word
     u32* activations;               // shared: the input vector as 16-bit pairs, each warp's slice on its own
     float (*sums)[CONSUMER_WARPS][BATCH_ROWS];  // shared, [2]: partial row sums, double-buffered
     float (*squares)[CONSUMER_WARPS];           // shared, [2]: partial sums of squares of the input
@@ -31,8 +27,6 @@ struct Consumer {
     Timeline timeline;
 
     __device__ __forceinline__ void mark(Mark kind) { timeline.mark(thread == 0, kind, watchdog.layer); }
-
-    __device__ __forceinline__ u32 landing(Exchange kind) const { return shared_address(&landings[kind][warp]); }
 
     // Called at the start of each phase.
     __device__ __forceinline__ void enter(u32 phase, u32 layer) {
@@ -66,7 +60,7 @@ __device__ __forceinline__ void store_activations(Consumer& c, int i, float4 v) 
 // Receives this warp's slice of an exchanged vector, times `scale` if given, and stores it as activations.
 // Returns this lane's part of the slice's sum of squares (before scaling).
 template <int COLUMNS>
-__device__ __forceinline__ float receive_activations(Consumer& c, Exchange kind, const u32* channel, u32 tag, const float* scale) {
+__device__ __forceinline__ float receive_activations(Consumer& c, const u32* channel, u32 tag, const float* scale) {
     constexpr int VECTORS = COLUMNS / CONSUMER_WARPS / 4;
     constexpr int PER_LANE = (VECTORS + 31) / 32;
     constexpr int AT_ONCE = PER_LANE < 4 ? PER_LANE : 4;
@@ -74,7 +68,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, Exchange kind,
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;
     channel = copy_for<COLUMNS>(channel, c.block);
-    await_word(c.landing(kind), channel + start + COLUMNS / CONSUMER_WARPS - 1, tag, c.watchdog);
+    await_word(channel + start + COLUMNS / CONSUMER_WARPS - 1, tag, c.watchdog);
     for (int base = 0; base < PER_LANE; base += AT_ONCE) {
         int first = base * 32 + c.lane;
         int valid = (VECTORS - first + 31) / 32;

@@ -70,15 +70,21 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
     if (c.warp == 0) {
         u64 winner = 0;
         u32 flags = 0;
-        for (int block = c.lane; block < BLOCKS; block += 32) {
-            u64 word = load_relaxed64(candidates + block);
-            while ((word & 0xFFu) != tag) {
-                c.watchdog.check();
-                word = load_relaxed64(candidates + block);
-            }
-            flags |= (u32)word;
-            word >>= 12;
-            if (word > winner) winner = word;
+        constexpr int WORDS = (BLOCKS + 31) / 32;  // of a lane
+        u64 words[WORDS];
+        bool ready;
+        do {
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) words[i] = load_relaxed64(candidates + min(c.lane + 32 * i, BLOCKS - 1));
+            ready = true;
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) ready &= ((u32)words[i] & 0xFFu) == tag;
+            if (!ready) c.watchdog.check();
+        } while (!ready);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            flags |= (u32)words[i];
+            if (words[i] >> 12 > winner) winner = words[i] >> 12;
         }
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) {

@@ -78,16 +78,13 @@ struct ResidualFinish {
     u32* channel;
     u32 tag;
 
-    static constexpr bool REHEARSED = true;
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
-    __device__ __forceinline__ void operator()(int group, int groups, int i, bool real, Sum sum) {
-        if (i >= groups * 8) return;
-        int row = group * 8 + i, own = row - 8 * first_group(HIDDEN / 8, consumer->block);
-        float value = residual[own] + sum(i);
-        if (real) {
-            residual[own] = value;
-            publish_to_all<HIDDEN>(channel, row, value, tag);
-        }
+    __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
+        int thread = consumer->thread;
+        if (thread >= groups * 8) return;
+        int row = group * 8 + thread, own = row - 8 * first_group(HIDDEN / 8, consumer->block);
+        residual[own] += sum(thread);
+        publish_to_all<HIDDEN>(channel, row, residual[own], tag);
     }
 };

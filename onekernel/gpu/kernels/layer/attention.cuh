@@ -22,14 +22,11 @@ struct PublishFinish {
     u32* projected;
     u32 tag;
 
-    static constexpr bool REHEARSED = true;
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
-    __device__ __forceinline__ void operator()(int group, int groups, int i, bool real, Sum sum) {
-        int row = group * 8 + i;
-        if (i >= groups * 8 || row >= PROJECTED_FULL) return;
-        float value = sum(i) * inverse_rms<HIDDEN>(*consumer);
-        if (real) publish(projected + row, value, tag);
+    __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread < groups * 8 && row < PROJECTED_FULL) publish(projected + row, sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer), tag);
     }
 };
 

@@ -31,13 +31,12 @@ struct HeadFinish {
     bool sampled;  // or the highest logit is the token
     Candidate best;
 
-    static constexpr bool REHEARSED = false;  // the same instructions again and again
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
-    __device__ __forceinline__ void operator()(int group, int groups, int i, bool, Sum sum) {
-        int row = group * 8 + i;
-        if (i >= groups * 8 || row >= VOCAB) return;
-        float logit = sum(i) * inverse_rms<HIDDEN>(*consumer);
+    __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread >= groups * 8 || row >= VOCAB) return;
+        float logit = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (logits) logits[row] = logit;
         if (row < VOCABULARY_SIZE) best.offer(sampled ? score_row(*sampling, logit, row) : ordered(logit), row);
     }

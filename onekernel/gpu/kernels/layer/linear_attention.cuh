@@ -30,15 +30,14 @@ struct ProjectionFinish {
             taps.y = load_constant(layer.negative_decay_rate + head);
         }
     }
-    static constexpr bool REHEARSED = true;
     template <class Sum>
-    __device__ __forceinline__ void operator()(int group, int groups, int i, bool real, Sum sum) {
-        int row = group * 8 + i;
-        if (i >= groups * 8 || row >= PROJECTED_LINEAR) return;
-        float y = sum(i) * inverse_rms<HIDDEN>(*consumer);
+    __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
+        int row = group * 8 + consumer->thread;
+        if (consumer->thread >= groups * 8 || row >= PROJECTED_LINEAR) return;
+        float y = sum(consumer->thread) * inverse_rms<HIDDEN>(*consumer);
         if (row < CONV_DIM) {
             float u = taps.x * window.y + taps.y * window.z + taps.z * window.w + taps.w * y;
-            if (real) *(float4*)(layer.conv_window + 4 * row) = make_float4(window.y, window.z, window.w, y);
+            *(float4*)(layer.conv_window + 4 * row) = make_float4(window.y, window.z, window.w, y);
             y = silu(u);
         } else if (row < CONV_DIM + VALUE_DIM) {
             y = taps.x * silu(y);
@@ -49,7 +48,7 @@ struct ProjectionFinish {
             float softplus = x > 20.0f ? x : log1pf(__expf(x));
             y = taps.y * softplus;
         }
-        if (real) publish(projected + row, y, tag);
+        publish(projected + row, y, tag);
     }
 };
 

@@ -8,15 +8,14 @@ struct ActivationFinish {
     u32* activated;
     u32 tag;
 
-    static constexpr bool REHEARSED = true;
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
-    __device__ __forceinline__ void operator()(int group, int groups, int i, bool real, Sum sum) {
-        if (i >= groups * 4) return;
+    __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
+        int t = consumer->thread;
+        if (t >= groups * 4) return;
         float scale = inverse_rms<HIDDEN>(*consumer);
-        float gate = sum(i / 4 * 8 + i % 4) * scale, up = sum(i / 4 * 8 + 4 + i % 4) * scale;
-        float value = silu(gate) * up;
-        if (real) publish_to_all<INTERMEDIATE>(activated, group * 4 + i, value, tag);
+        float gate = sum(t / 4 * 8 + t % 4) * scale, up = sum(t / 4 * 8 + 4 + t % 4) * scale;
+        publish_to_all<INTERMEDIATE>(activated, group * 4 + t, silu(gate) * up, tag);
     }
 };
 

@@ -173,8 +173,7 @@ __device__ __forceinline__ float multiply_group(Consumer& c, const Slice<TILES>&
 
 // y = W x for this block's rows. `squares` is the lane's sum of squares of its part of x (0 where no norm is wanted).
 // For each batch of row groups: finish.prepare(first_group, groups) before the weights are needed, then, behind the
-// barrier, finish(first_group, groups, i, real, sum) where sum(i) is row i of the batch, for a thread that has it. Without
-// `real` nothing may come of it.
+// barrier, finish(first_group, groups, sum) where sum(i) is row i of the batch.
 template <int ROWS, int COLUMNS, class Finish>
 __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish) {
     constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;  // of a row group, for one warp
@@ -204,21 +203,14 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
         }
         if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
         c.mark(MARK_MULTIPLIED);
-        // Warps that have no rows to finish go through the same instructions before the barrier, without effect: they are
-        // in the cache when the others need them. A miss there is a trip through a busy L2, and all blocks wait for it.
-        bool finishes = !Finish::REHEARSED || c.warp * 32 < count * 8;
-#pragma unroll 1
-        for (int pass = finishes; pass < 2; ++pass) {
-            bool real = pass;
-            if (real) consumer_barrier();
-            if (real) c.mark(MARK_SUMMED);
-            finish(group, count, real ? c.thread : c.lane % 8, real, [&](int i) {
-                float sum = 0;
+        consumer_barrier();
+        c.mark(MARK_SUMMED);
+        finish(group, count, [&](int i) {
+            float sum = 0;
 #pragma unroll
-                for (int w = 0; w < CONSUMER_WARPS; ++w) sum += c.sums[c.buffer][w][i];
-                return sum;
-            });
-        }
+            for (int w = 0; w < CONSUMER_WARPS; ++w) sum += c.sums[c.buffer][w][i];
+            return sum;
+        });
         c.mark(MARK_PUBLISHED);
         group += count;
         c.buffer ^= 1;

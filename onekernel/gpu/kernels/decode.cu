@@ -151,7 +151,8 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        u32 flags = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0 ? STOP_REQUESTED : 0;
+        u32 cancel = 0;  // asked for here and used at the end: it comes from the host
+        if (c.block == 0 && c.thread == 0) cancel = load_host(a.cancel);
 
         c.enter(PHASE_INPUT, 0);
         c.timeline.start_token(a.timeline, c.block);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, flags, tag);
+        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, cancel ? STOP_REQUESTED : 0, tag);
         c.mark(MARK_TOKEN);
         token = (int)choice.token;  // of no meaning after a given token that another follows
         if (sample) {

@@ -70,6 +70,7 @@ struct Producer {
                 finished = true;
                 return;
             }
+            if (PRODUCER_DOZE) doze(PRODUCER_DOZE);
             watchdog.check();
         }
         watchdog.spins = 0;

@@ -31,6 +31,8 @@ struct HeadFinish {
     bool sampled;  // or the highest logit is the token
     Candidate best;
 
+    static constexpr bool EXCHANGED = false;
+
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {

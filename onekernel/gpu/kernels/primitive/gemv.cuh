@@ -212,6 +212,8 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
             return sum;
         });
         c.mark(MARK_PUBLISHED);
+        // What all blocks publish now comes no sooner: polls before that only stand in its way.
+        if (Finish::EXCHANGED) pause(c.warp * 32 < count * 8 ? POLL_AFTER_PUBLISHING : POLL_AFTER);
         group += count;
         c.buffer ^= 1;
     }

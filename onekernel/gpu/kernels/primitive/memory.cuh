@@ -81,6 +81,15 @@ __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefe
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// Does nothing for about so many clocks.
+__device__ __forceinline__ void pause(u32 clocks) {
+    u32 start = (u32)clock();
+    while ((u32)clock() - start < clocks) {
+    }
+}
+// The same for about so many nanoseconds, without taking turns from other warps.
+__device__ __forceinline__ void doze(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
+
 __device__ __forceinline__ u64 nanoseconds() {
     u64 t;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));

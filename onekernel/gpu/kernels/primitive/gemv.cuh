@@ -204,7 +204,7 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
         if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
         c.mark(MARK_MULTIPLIED);
         consumer_barrier();
-        c.mark(MARK_SUMMED);
+        if (behind_barrier(c.activations)) c.mark(MARK_SUMMED);
         finish(group, count, [&](int i) {
             float sum = 0;
 #pragma unroll

@@ -13,6 +13,8 @@ static inline float4 load_constant4(const float* p) { if ((uintptr_t)p % 16) { f
 static inline float load_constant(const float* p) { return *p; }
 static inline void fence_gpu() {}
 static inline void fence_system() {}
+static inline void pause(u32) {}
+static inline void doze(u32) {}
 static inline u64 nanoseconds() { static u64 t; return ++t; }
 static inline u32 shared_address(const void*) { return 0; }
 static inline void load_l2_if(float4& v, const float* p, bool wanted) { if (wanted) v = *(const float4*)p; }

@@ -9,12 +9,14 @@ import pytest
 
 from onekernel.checkpoint.safetensors import Tensor
 from onekernel.checkpoint.shape import FULL, LINEAR, Shape
+from onekernel.checkpoint.sizes import SIZES
 from onekernel.checkpoint.weights import Weights, expected_tensors
 from onekernel.gpu import tape
 from onekernel.gpu.layout import CONSUMER_WARPS, STAGE_BYTES, TILES_PER_STAGE, Layout, first_group
 from onekernel.gpu.prefill_layout import MOST_SPLITS, PrefillArguments, PrefillLayout, matrix_offsets, wgmma_source
 
 H200 = (132, 232448)  # SMs, bytes of shared memory a block may use
+ARCH = "sm_90a"
 SMALL = Shape(
     hidden=768,
     intermediate=1792,
@@ -81,9 +83,9 @@ def test_every_tile_of_every_matrix_is_found_on_the_tape(blocks: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 64, 520, 2048])
 def test_scratch_has_room_for_the_splits_of_every_shorter_chunk(tokens: int) -> None:
-    layout = PrefillLayout.plan(Layout.plan(SMALL, 200, *H200), *H200)
+    layout = PrefillLayout.plan(Layout.plan(SMALL, 200, *H200), *H200, ARCH)
     assert layout is not None
-    rows = layout.scratch(tokens)["partials"] // 4 // SMALL.hidden
+    rows = layout.scratch(tokens)["partials"] // 2 // SMALL.hidden
     for count in range(1, tokens + 1):
         for columns in (SMALL.intermediate, SMALL.value_dim, SMALL.query_dim):
             splits = layout.splits(count, columns)
@@ -93,13 +95,26 @@ def test_scratch_has_room_for_the_splits_of_every_shorter_chunk(tokens: int) -> 
 
 def test_less_shared_memory_means_fewer_stages_and_too_little_is_none() -> None:
     decode = Layout.plan(SMALL, 200, *H200)
-    large, small = PrefillLayout.plan(decode, *H200), PrefillLayout.plan(decode, 132, 101376)
+    large, small = PrefillLayout.plan(decode, *H200, ARCH), PrefillLayout.plan(decode, 132, 101376, "sm_86")
     assert large is not None
     assert small is not None
-    assert large.gemm_stages > small.gemm_stages
+    assert (large.token_tile, large.gemm_stages) > (small.token_tile, small.gemm_stages)
     for layout, shared in ((large, H200[1]), (small, 101376)):
-        assert layout.gemm_stages * (192 + layout.token_tile) * 128 + 1024 <= shared
-    assert PrefillLayout.plan(decode, 40, 65536) is None
+        assert layout.gemm_stages * layout.token_tile * 128 + 1024 <= shared
+    assert PrefillLayout.plan(decode, 40, 65536, "sm_75") is None
+    assert PrefillLayout.plans(decode, 40, 65536, "sm_75") == []
+
+
+@pytest.mark.parametrize(("tokens", "position"), [(1, 0), (16, 8192), (520, 0), (2048, 6144), (2048, 129024)])
+def test_keys_are_dealt_to_more_blocks_where_there_are_few_tokens(tokens: int, position: int) -> None:
+    layout = PrefillLayout.plan(Layout.plan(SIZES["0.8b"], 248077, *H200), *H200, ARCH)
+    assert layout is not None
+    splits = layout.attention_splits(tokens, position)
+    needed = 4 * splits * tokens * layout.shape.heads * (layout.shape.head_dim + 4)
+    assert needed <= layout.scratch(tokens)["attention"]
+    assert 1 <= splits <= layout.blocks
+    if tokens == 16:
+        assert splits > 40
 
 
 def test_the_generated_declarations_agree_with_the_struct_and_the_tile() -> None:
@@ -107,12 +122,12 @@ def test_the_generated_declarations_agree_with_the_struct_and_the_tile() -> None
     assert [line.split()[-1].strip(";") for line in source.splitlines()[1:-1]] == [
         name for name, _ in PrefillArguments._fields_
     ]
-    assert wgmma_source(176).count("acc[") == 88
-    assert "m64n176k16" in wgmma_source(176)
+    assert wgmma_source(192).count("acc[") == 96 + 32 + 64
+    assert "m64n192k16" in wgmma_source(192)
 
 
 def test_memory_for_a_long_prompt_is_bounded_by_the_chunk() -> None:
     shape = dataclasses.replace(SMALL, vocab=248320)
-    layout = PrefillLayout.plan(Layout.plan(shape, 248077, *H200), *H200)
+    layout = PrefillLayout.plan(Layout.plan(shape, 248077, *H200), *H200, ARCH)
     assert layout is not None
     assert sum(layout.scratch(2048).values()) < 2**28

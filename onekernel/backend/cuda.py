@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from onekernel.backend.batch import Batch
+from onekernel.backend.cuda_batch import CudaBatch
 from onekernel.backend.stepwise import StepwiseBackend, check_limits
 from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.weights import load_weights
-from onekernel.errors import BackendError
+from onekernel.errors import BackendError, NotEnoughMemory, UnsupportedModel
 from onekernel.gpu import decoder, parking
+from onekernel.gpu.batch_decoder import BatchDecoder
+from onekernel.gpu.batch_layout import BUCKETS
 from onekernel.gpu.compile import compiler_version
 from onekernel.gpu.decoder import MOST_GIVEN, Decoder, Snapshot, State
 from onekernel.gpu.device import Gpu, find_gpu
@@ -51,7 +56,7 @@ def memory_needed(shape: Shape) -> int:
     """Bytes of GPU memory that a model of this shape takes with one session of 4,096 tokens."""
     gpu = find_gpu()
     layout = _layout(gpu, shape, shape.vocab)
-    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     scratch = sum(prefill.scratch(MOST_CHUNK_TOKENS).values()) if prefill else 0
     return decoder.memory_needed(shape, layout) + scratch
 
@@ -71,6 +76,7 @@ class CudaBackend(StepwiseBackend[State]):
     name = "cuda"
     runs_ahead = True
     prefill_chunk = prefill_cut = MOST_CHUNK_TOKENS
+    most_slots = BUCKETS[-1]
 
     def __init__(
         self,
@@ -97,7 +103,7 @@ class CudaBackend(StepwiseBackend[State]):
         check_limits(shape, vocabulary_size, max_context)
         gpu = usable_gpu()
         layout = _layout(gpu, shape, vocabulary_size)
-        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+        prefill = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
         decoder = Decoder(gpu, layout, load_weights(folder, shape))
         prefiller = Prefiller(decoder, prefill) if prefill else None
         return cls(decoder, vocabulary_size, max_context, prefiller)
@@ -151,6 +157,15 @@ class CudaBackend(StepwiseBackend[State]):
             if token.id in stop_tokens or count == room:
                 return
             tokens = [token.id]
+
+    def batch(self, slots: int) -> Batch:
+        alone = super().batch(slots)
+        try:
+            kernel = BatchDecoder(self.decoder, slots)
+        except (UnsupportedModel, NotEnoughMemory, BackendError) as error:
+            print(f"onekernel: the batch kernel cannot run here, so sequences take turns: {error}", file=sys.stderr)
+            return alone
+        return CudaBatch(kernel, alone, self._prepare, self._advance, MOST_STOP_TOKENS, self.max_context)
 
     def logits(self, state: State, tokens: Sequence[int]) -> np.ndarray:
         self._check(state, tokens)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from onekernel.errors import BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from onekernel.checkpoint.shape import Shape
     from onekernel.gpu.chips import Chip
 
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     shape, vocabulary_size = _dimensions(arguments.model)
     results = []
     for arch, chip in _targets(arguments.arch):
-        for kernel, source in _sources(shape, vocabulary_size, chip).items():
+        for kernel, source in _sources(shape, vocabulary_size, arch, chip):
             if source is None:
                 print(f"onekernel: no {kernel} kernel for {arch}: {TOO_SMALL}", file=sys.stderr)
                 continue
@@ -105,7 +107,7 @@ def _targets(asked: list[str] | None) -> list[tuple[str, Chip]]:
     return [(arch, chip_of(arch)) for arch in names]
 
 
-def _sources(shape: Shape, vocabulary_size: int, chip: Chip) -> dict[str, str | None]:
+def _sources(shape: Shape, vocabulary_size: int, arch: str, chip: Chip) -> Iterator[tuple[str, str | None]]:
     """The kernels that CudaBackend loads for this model on this chip; None where it does without."""
     from onekernel.gpu.kernel import decode_source
     from onekernel.gpu.layout import Layout
@@ -113,8 +115,11 @@ def _sources(shape: Shape, vocabulary_size: int, chip: Chip) -> dict[str, str | 
     from onekernel.gpu.prefiller import prefill_source
 
     layout = Layout.plan(shape, vocabulary_size, chip.sm_count, chip.shared_memory)
-    prefill = PrefillLayout.plan(layout, chip.sm_count, chip.shared_memory)
-    return {"decode": decode_source(layout), "prefill": prefill_source(prefill) if prefill else None}
+    yield "decode", decode_source(layout)
+    plans = PrefillLayout.plans(layout, chip.sm_count, chip.shared_memory, arch)
+    yield from (("prefill", prefill_source(plan)) for plan in plans)
+    if not plans:
+        yield "prefill", None
 
 
 def _compile(kernel: str, source: str, model: str, arch: str, chip: Chip) -> Compiled:

@@ -17,10 +17,10 @@ def decode_source(layout: Layout) -> str:
     return assemble("decode.cu", layout.constants(), f"{enums()}\n{DecodeArguments.source()}")
 
 
-class DecodeKernel:
-    """The decode kernel of one layout on one GPU."""
+class CooperativeKernel:
+    """One kernel on one GPU. Its source defines `shared_bytes` and `threads`; its argument is one struct."""
 
-    def __init__(self, gpu: Gpu, layout: Layout) -> None:
+    def __init__(self, gpu: Gpu, name: str, source: str, blocks: int) -> None:
         """Compile (or take from the cache) and load.
 
         Raises:
@@ -28,9 +28,9 @@ class DecodeKernel:
         """
         from cuda.bindings import driver
 
-        self.blocks = layout.blocks
-        self._module = check(driver.cuModuleLoadData(compile_cached(decode_source(layout), gpu.arch, "decode")))
-        self._function = check(driver.cuModuleGetFunction(self._module, b"decode"))
+        self.blocks = blocks
+        self._module = check(driver.cuModuleLoadData(compile_cached(source, gpu.arch, name)))
+        self._function = check(driver.cuModuleGetFunction(self._module, name.encode()))
         self.shared_bytes = self._constant(b"shared_bytes")
         self.threads = self._constant(b"threads")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -40,11 +40,11 @@ class DecodeKernel:
         )
         if resident * gpu.sm_count < self.blocks:
             raise BackendError(
-                f"the decode kernel's {self.blocks} blocks do not fit on {gpu.name} together "
+                f"the {name} kernel's {self.blocks} blocks do not fit on {gpu.name} together "
                 f"({resident} on each of {gpu.sm_count} SMs); use the backend cpu and report this"
             )
 
-    def launch(self, arguments: DecodeArguments, stream: Any) -> None:
+    def launch(self, arguments: ctypes.Structure, stream: Any) -> None:
         """Start one launch; the struct is copied before this returns."""
         from cuda.bindings import driver
 
@@ -69,3 +69,11 @@ class DecodeKernel:
         from cuda.bindings import driver
 
         driver.cuModuleUnload(self._module)
+
+
+class DecodeKernel(CooperativeKernel):
+    """The decode kernel of one layout."""
+
+    def __init__(self, gpu: Gpu, layout: Layout) -> None:
+        """Raises: see CooperativeKernel."""
+        super().__init__(gpu, "decode", decode_source(layout), layout.blocks)

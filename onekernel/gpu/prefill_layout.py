@@ -11,12 +11,13 @@ from onekernel.checkpoint.shape import Shape
 from onekernel.gpu import tape
 from onekernel.gpu.layout import Layout, enums
 
-PREFILL_THREADS = 384
 ROW_TILE = 192  # rows of a weight matrix that a block multiplies at a time
 STEP_COLUMNS = 64
 CHUNK = 64  # tokens of the delta rule that are solved together
 MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
 MOST_SPLITS = 8
+SPLIT_ROWS = 6400  # tokens times parts of the keys: bounds the scratch memory of attention
+NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
 CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
@@ -33,7 +34,8 @@ class PrefillLayout:
     decode: Layout  # of the kernel that the weights on the GPU are laid out for
     blocks: int
     token_tile: int
-    gemm_stages: int
+    narrow: bool  # for few tokens: see gemm.cuh
+    gemm_stages: int  # steps whose tokens have a place in shared memory
     chunk_groups: int
     scan_columns: int
     scan_stages: int
@@ -41,11 +43,20 @@ class PrefillLayout:
     attention_stages: int
 
     @classmethod
-    def plan(cls, decode: Layout, sm_count: int, shared_memory: int) -> PrefillLayout | None:
-        """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75)."""
+    def plan(
+        cls, decode: Layout, sm_count: int, shared_memory: int, arch: str, narrow: bool = False
+    ) -> PrefillLayout | None:
+        """One block an SM, with rings as deep as its shared memory allows; None if that is too small (sm_75).
+
+        Args:
+            narrow: for up to NARROW_TOKENS tokens, on sm_90a.
+        """
         room = shared_memory - SHARED_RESERVED
-        token_tile = next((n for n in (176, 128, 64, 32) if 2 * _stage(n) <= room), 0)
-        columns = next(n for n in (16, 32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
+        wgmma = arch == "sm_90a"
+        tiles = (64,) if narrow else (192,) if wgmma else (176, 128, 64, 32)
+        choices = ((tile, stages) for tile in tiles for stages in ((6 if narrow else 4, 3) if wgmma else (4, 3)))
+        token_tile, gemm_stages = next((c for c in choices if _gemm_bytes(*c, wgmma, narrow) <= room), (0, 0))
+        columns = next(n for n in (32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)
         scan_stages = min(3, (room - (128 + CHUNK) * (2 * columns + 16)) // SCAN_STAGE)
         groups, stages = next(
             ((g, s) for g, s in ((3, 2), (2, 2), (1, 2)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),
@@ -57,13 +68,24 @@ class PrefillLayout:
             decode,
             blocks=sm_count,
             token_tile=token_tile,
-            gemm_stages=min(4, room // _stage(token_tile)),
-            chunk_groups=min(3, room // CHUNK_SCRATCH),
+            narrow=narrow,
+            gemm_stages=gemm_stages,
+            chunk_groups=min(4 if wgmma else 3, room // CHUNK_SCRATCH),
             scan_columns=columns,
             scan_stages=scan_stages,
             attention_groups=groups,
             attention_stages=stages,
         )
+
+    @classmethod
+    def plans(cls, decode: Layout, sm_count: int, shared_memory: int, arch: str) -> list[PrefillLayout]:
+        """All that a Prefiller compiles: for many tokens, and on sm_90a for few; none if shared memory is too small."""
+        both = [cls.plan(decode, sm_count, shared_memory, arch, narrow) for narrow in (False, True)]
+        return [
+            plan
+            for plan in both
+            if plan is not None and (both[0] is not None and (not plan.narrow or arch == "sm_90a"))
+        ]
 
     @property
     def shape(self) -> Shape:
@@ -77,6 +99,7 @@ class PrefillLayout:
     def constants(self) -> dict[str, int | float | bool | tuple[float, ...]]:
         return self.decode.constants() | {
             "TOKEN_TILE": self.token_tile,
+            "NARROW_TILES": self.narrow,
             "GEMM_STAGES": self.gemm_stages,
             "CHUNK_GROUPS": self.chunk_groups,
             "SCAN_COLUMNS": self.scan_columns,
@@ -91,7 +114,8 @@ class PrefillLayout:
 
     def splits(self, tokens: int, columns: int) -> int:
         """In how many parts the columns of a projection back to the hidden size are dealt, so that all blocks work."""
-        tiles = -(-self.shape.hidden // ROW_TILE) * -(-tokens // self.token_tile)
+        row_tile = ROW_TILE // 3 if self.narrow else ROW_TILE
+        tiles = -(-self.shape.hidden // row_tile) * -(-tokens // self.token_tile)
         steps = columns // STEP_COLUMNS
 
         def cost(splits: int) -> float:
@@ -100,6 +124,30 @@ class PrefillLayout:
             return waves * (-(-steps // splits) + 3.0)
 
         return min(range(1, MOST_SPLITS + 1), key=cost)
+
+    def plan_launch(self, tokens: int, position: int) -> dict[str, int]:
+        """How a chunk of `tokens` tokens behind `position` is cut: fields of PrefillArguments."""
+        s = self.shape
+        return {
+            "mixer_splits": self.splits(tokens, max(s.value_dim, s.query_dim)),
+            "mlp_splits": self.splits(tokens, s.intermediate),
+            "attention_splits": self.attention_splits(tokens, position),
+        }
+
+    def attention_splits(self, tokens: int, position: int) -> int:
+        """In how many parts the keys are dealt, so that all blocks have work (attention_wgmma.cuh)."""
+        s = self.shape
+        rows = 64 // (s.heads // s.kv_heads)
+        items = -(-tokens // (2 * rows)) * s.kv_heads
+        key_tiles = -(-(position + tokens) // 64)
+
+        def cost(splits: int) -> float:
+            """In tiles of keys; a part costs as much as three of them, and what is written and read back its bytes."""
+            waves = -(-items * splits // self.blocks)
+            return waves * (-(-key_tiles // splits) + 3.0) + (splits > 1) * (3.0 + tokens * splits * s.heads / 8000)
+
+        most = max(1, min(self.blocks // s.kv_heads, SPLIT_ROWS // tokens))
+        return min(range(1, most + 1), key=cost)
 
     def scratch(self, tokens: int) -> dict[str, int]:
         """Bytes of each scratch array for chunks of up to `tokens` tokens."""
@@ -121,7 +169,8 @@ class PrefillLayout:
             "output": 2 * tokens * s.value_dim,
             "mixed": 2 * padded * max(s.value_dim, s.query_dim),
             "activated": 2 * padded * s.intermediate,
-            "partials": 4 * partial_rows * s.hidden,
+            "partials": 2 * partial_rows * s.hidden,
+            "attention": 4 * min(SPLIT_ROWS, tokens * (self.blocks // s.kv_heads)) * s.heads * (s.head_dim + 4),
         }
 
 
@@ -136,25 +185,50 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
 
 
 def wgmma_source(tokens: int) -> str:
-    """`wgmma_tokens`: 64 rows of weights times 16 columns times `tokens`, all from shared memory."""
-    count = tokens // 2  # accumulators of a thread
-    outputs = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
+    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, 64 keys' weights times 128 dims."""
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-using u64 = unsigned long long;
-__device__ __forceinline__ void wgmma_tokens(float (&acc)[{tokens // 8}][4], u64 weights, u64 tokens) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
-                 "{{{outputs}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;}}"
-                 : {operands}
-                 : "l"(weights), "l"(tokens));
-}}
+{_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
+{_wgmma("wgmma_scores", 64, from_registers=False, transposed=False)}
+{_wgmma("wgmma_values", 128, from_registers=True, transposed=True)}
 #endif
 """
 
 
-def _stage(token_tile: int) -> int:
-    return (ROW_TILE + token_tile) * STEP_COLUMNS * 2
+def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> str:
+    """A function around the instruction for 64 rows, 16 deep, of bf16: acc += a b, with b in shared memory."""
+    count = columns // 2  # accumulators of a thread
+    words = ("a", "b", "c", "d") if from_registers else ("a",)
+    outputs = ", ".join(f"%{i}" for i in range(count))
+    first = ", ".join(f"%{count + i}" for i in range(len(words)))
+    first = f"{{{first}}}" if from_registers else first
+    modes = ", ".join(["1", "1"] + ["0"] * (not from_registers) + [str(int(transposed))])
+    operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
+    kind, constraint = ("unsigned", "r") if from_registers else ("unsigned long long", "l")
+    parameters = ", ".join(f"{kind} {word}" for word in words)
+    inputs = ", ".join(f'"{constraint}"({word})' for word in words)
+    return f"""__device__ __forceinline__ void {name}(float (&acc)[{columns // 8}][4], {parameters},
+                                             unsigned long long operand) {{
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
+                 "{{{outputs}}}, {first}, %{count + len(words)}, p, {modes};}}"
+                 : {operands}
+                 : {inputs}, "l"(operand));
+}}"""
+
+
+def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
+    """Of shared memory (GEMM_BYTES in gemm.cuh, and the barriers)."""
+    weights = (4 if wgmma else stages - 1) * 12 * 2048
+    sums = 2 * token_tile // 8 * 2048 if narrow else 0
+    return (
+        stages * (token_tile * STEP_COLUMNS * 2 + 16)
+        + weights
+        + 3 * (8192 if wgmma else 4096)
+        + sums
+        + 8 * 512
+        + 128
+        + 16
+    )
 
 
 class PrefillArguments(ctypes.Structure):
@@ -177,7 +251,11 @@ class PrefillArguments(ctypes.Structure):
         ("unsigned short*", "output"),  # [tokens, VALUE_DIM] of the delta rule, fp16
         ("unsigned short*", "mixed"),  # [tokens, VALUE_DIM or QUERY_DIM], as input_place says
         ("unsigned short*", "activated"),  # [tokens, INTERMEDIATE], as input_place says
-        ("float*", "partials"),  # [splits, tokens, HIDDEN]
+        ("unsigned short*", "partials"),  # [splits, tokens, HIDDEN]
+        (
+            "float*",
+            "attention",
+        ),  # [attention_splits, tokens, HEADS, HEAD_DIM + 4]: sums; their maximum, their weight, -, -
         ("float*", "logits"),  # [logits_count, VOCAB], or null
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned long long*", "times"),  # [phases + 1] end of each phase in nanoseconds, or null
@@ -190,6 +268,7 @@ class PrefillArguments(ctypes.Structure):
         ("int", "end_phase"),
         ("int", "mixer_splits"),
         ("int", "mlp_splits"),
+        ("int", "attention_splits"),
         ("int", "logits_first"),  # tokens whose logits phase PHASES makes
         ("int", "logits_count"),
     )

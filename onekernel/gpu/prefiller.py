@@ -12,11 +12,12 @@ import numpy as np
 from onekernel.errors import BackendError, NotEnoughMemory
 from onekernel.gpu.compile import compile_cached
 from onekernel.gpu.decoder import REPORT, Decoder, State
+from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import check
 from onekernel.gpu.memory import DeviceBuffer
 from onekernel.gpu.prefill_layout import (
     MOST_CHUNK_TOKENS,
-    PREFILL_THREADS,
+    NARROW_TOKENS,
     PrefillArguments,
     PrefillLayout,
     matrix_offsets,
@@ -28,6 +29,49 @@ def prefill_source(layout: PrefillLayout) -> str:
     return assemble("prefill.cu", layout.constants(), layout.declarations())
 
 
+class _Kernel:
+    """The prefill kernel compiled for one layout."""
+
+    def __init__(self, gpu: Gpu, layout: PrefillLayout) -> None:
+        """Raises: see Prefiller."""
+        from cuda.bindings import driver
+
+        self.layout = layout
+        self.module = check(driver.cuModuleLoadData(compile_cached(prefill_source(layout), gpu.arch, "prefill")))
+        self.function = check(driver.cuModuleGetFunction(self.module, b"prefill"))
+        self.shared_bytes, self.threads = self._constant(b"shared_bytes"), self._constant(b"block_threads")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(self.function, attribute, self.shared_bytes))
+        occupancy = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        resident = gpu.sm_count * check(occupancy(self.function, self.threads, self.shared_bytes))
+        if resident < layout.blocks:
+            raise BackendError(
+                f"the prefill kernel's {layout.blocks} blocks do not fit on {gpu.name} together "
+                f"({resident} on {gpu.sm_count} SMs); use the backend cpu and report this"
+            )
+
+    def launch(self, arguments: PrefillArguments, stream: Any) -> None:
+        from cuda.bindings import driver
+
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        grid, block = (self.layout.blocks, 1, 1), (self.threads, 1, 1)
+        launch = driver.cuLaunchCooperativeKernel
+        check(launch(self.function, *grid, *block, self.shared_bytes, stream, ctypes.addressof(pointers)))
+
+    def close(self) -> None:
+        from cuda.bindings import driver
+
+        driver.cuModuleUnload(self.module)
+
+    def _constant(self, name: bytes) -> int:
+        from cuda.bindings import driver
+
+        address, size = check(driver.cuModuleGetGlobal(self.module, name))
+        value = ctypes.c_int()
+        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
+        return value.value
+
+
 class Prefiller:
     """The prefill kernel beside a decoder. Scratch memory is taken when first needed, for the longest chunk so far."""
 
@@ -37,26 +81,13 @@ class Prefiller:
         Raises:
             BackendError: it does not compile, or its blocks do not fit on the GPU together.
         """
-        from cuda.bindings import driver
-
         self.decoder, self.layout, self.shape = decoder, layout, layout.shape
         gpu = decoder.gpu
-        self._module = check(driver.cuModuleLoadData(compile_cached(prefill_source(layout), gpu.arch, "prefill")))
-        self._function = check(driver.cuModuleGetFunction(self._module, b"prefill"))
-        address, size = check(driver.cuModuleGetGlobal(self._module, b"shared_bytes"))
-        value = ctypes.c_int()
-        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
-        self.shared_bytes = value.value
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(driver.cuFuncSetAttribute(self._function, attribute, self.shared_bytes))
-        resident = check(
-            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, PREFILL_THREADS, self.shared_bytes)
-        )
-        if resident * gpu.sm_count < layout.blocks:
-            raise BackendError(
-                f"the prefill kernel's {layout.blocks} blocks do not fit on {gpu.name} together "
-                f"({resident} on each of {gpu.sm_count} SMs); use the backend cpu and report this"
-            )
+        self._wide = _Kernel(gpu, layout)
+        self._narrow: _Kernel | None = None
+        if gpu.arch == "sm_90a":
+            narrow = PrefillLayout.plan(layout.decode, gpu.sm_count, gpu.shared_memory, gpu.arch, narrow=True)
+            self._narrow = _Kernel(gpu, narrow) if narrow else None
         self.matrix_offsets = DeviceBuffer.of(matrix_offsets(self.shape, layout.decode.blocks))
         self.barrier = DeviceBuffer(4)
         self.times = DeviceBuffer(8 * (layout.phases + 1))
@@ -82,26 +113,38 @@ class Prefiller:
 
         Raises: see prefill.
         """
-        most = self.layout.token_tile  # whole tiles: see input_place in prefill/model.cuh
+        most = self.layout.token_tile
         self._prepare(state, len(tokens), 4 * most * self.shape.vocab)
         buffer = DeviceBuffer(4 * most * self.shape.vocab)
         for start in range(0, len(tokens), MOST_CHUNK_TOKENS):
             part = tokens[start : start + MOST_CHUNK_TOKENS]
             self.launch(state, part, 0, self.layout.phases)
-            for first in range(0, len(part), most):
-                count = min(most, len(part) - first)
+            step = self._kernel(len(part)).layout.token_tile  # whole tiles: see input_place in prefill/model.cuh
+            for first in range(0, len(part), step):
+                count = min(step, len(part) - first)
                 head = self.layout.phases
                 self.launch(state, part, head, head + 1, logits=buffer, logits_first=first, logits_count=count)
                 self.wait()
                 yield buffer.read(np.float32, count * self.shape.vocab).reshape(count, self.shape.vocab)
             state.position += len(part)
 
+    def _kernel(self, tokens: int) -> _Kernel:
+        return self._narrow if self._narrow and tokens <= NARROW_TOKENS else self._wide
+
     def memory_needed(self, tokens: int) -> int:
         """Bytes of scratch memory that a prompt of `tokens` tokens needs beyond what is there already."""
         chunk = min(tokens, MOST_CHUNK_TOKENS)
         if chunk <= self.scratch_tokens:
             return 0
-        return sum(self.layout.scratch(chunk).values()) - sum(buffer.nbytes for buffer in self.scratch.values())
+        return sum(self._scratch_bytes(chunk).values()) - sum(buffer.nbytes for buffer in self.scratch.values())
+
+    def _scratch_bytes(self, tokens: int) -> dict[str, int]:
+        """Of each array, for chunks of up to `tokens` tokens."""
+        needed = self._wide.layout.scratch(tokens)
+        if self._narrow:
+            narrow = self._narrow.layout.scratch(min(tokens, NARROW_TOKENS))
+            needed = {name: max(nbytes, narrow[name]) for name, nbytes in needed.items()}
+        return needed
 
     def _prepare(self, state: State, tokens: int, more: int = 0) -> None:
         self.decoder.gpu.make_current()
@@ -112,7 +155,7 @@ class Prefiller:
         if chunk > self.scratch_tokens:
             for buffer in self.scratch.values():
                 buffer.free()
-            self.scratch = {name: DeviceBuffer(nbytes) for name, nbytes in self.layout.scratch(chunk).items()}
+            self.scratch = {name: DeviceBuffer(nbytes) for name, nbytes in self._scratch_bytes(chunk).items()}
             self.scratch_tokens = chunk
 
     def _require(self, tokens: int, needed: int) -> None:
@@ -140,7 +183,7 @@ class Prefiller:
         """Start one launch over phases [first_phase, end_phase) of one chunk; the state's position stays."""
         from cuda.bindings import driver
 
-        decoder, count = self.decoder, len(tokens)
+        decoder, count, kernel = self.decoder, len(tokens), self._kernel(len(tokens))
         arguments = PrefillArguments(
             tape=decoder.tape.address,
             matrix_offsets=self.matrix_offsets.address,
@@ -159,8 +202,7 @@ class Prefiller:
             max_context=state.capacity,
             first_phase=first_phase,
             end_phase=end_phase,
-            mixer_splits=self.layout.splits(count, max(self.shape.value_dim, self.shape.query_dim)),
-            mlp_splits=self.layout.splits(count, self.shape.intermediate),
+            **kernel.layout.plan_launch(count, state.position),
             logits_first=logits_first,
             logits_count=logits_count,
         )
@@ -169,18 +211,8 @@ class Prefiller:
         decoder.mapped.words[REPORT] = 0
         check(driver.cuMemcpyHtoDAsync(self.scratch["token_ids"].address, given.ctypes.data, given.nbytes, stream))
         check(driver.cuMemsetD8Async(self.barrier.address, 0, 4, stream))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         decoder.clock.begin()
-        check(
-            driver.cuLaunchCooperativeKernel(
-                self._function,
-                *(self.layout.blocks, 1, 1),
-                *(PREFILL_THREADS, 1, 1),
-                self.shared_bytes,
-                stream,
-                ctypes.addressof(pointers),
-            )
-        )
+        kernel.launch(arguments, stream)
         decoder.clock.end()
 
     def wait(self) -> None:
@@ -210,9 +242,9 @@ class Prefiller:
 
     def close(self) -> None:
         """Free the GPU's memory; the decoder stays."""
-        from cuda.bindings import driver
-
         for buffer in (self.matrix_offsets, self.barrier, self.times, *self.scratch.values()):
             buffer.free()
         self.scratch, self.scratch_tokens = {}, 0
-        driver.cuModuleUnload(self._module)
+        for kernel in (self._wide, self._narrow):
+            if kernel:
+                kernel.close()

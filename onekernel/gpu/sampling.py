@@ -93,6 +93,7 @@ class DeviceSampling:
         self._scores, self._counts, self._bias = (DeviceBuffer(4 * vocab) for _ in range(3))
         self._histograms = DeviceBuffer(HISTOGRAM_BYTES)
         self._lists = DeviceBuffer(2 * blocks * LIST_WORDS * 8)
+        self._logits: DeviceBuffer | None = None
         self._records = MappedMemory(ring * RECORD_WORDS)
 
     def arguments(self, sampler: Sampler, stream: Any) -> SamplingArguments:
@@ -127,6 +128,13 @@ class DeviceSampling:
             active=1,
         )
 
+    @property
+    def logits(self) -> DeviceBuffer:
+        """float32 [vocab], for those who do not bring their own."""
+        if self._logits is None:
+            self._logits = DeviceBuffer(4 * self._vocab)
+        return self._logits
+
     def sampled(self, params: SamplingParams, token: int, made: int) -> SampledToken:
         """Token number `made` (from 0) of the launch, with its log-probabilities if they were asked for."""
         if params.logprobs is None:
@@ -137,6 +145,8 @@ class DeviceSampling:
     def free(self) -> None:
         for buffer in (self._scores, self._counts, self._bias, self._histograms, self._lists):
             buffer.free()
+        if self._logits:
+            self._logits.free()
         self._records.free()
 
 

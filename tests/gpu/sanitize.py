@@ -1,4 +1,4 @@
-"""A few tokens of the demo model under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
+"""The demo model under compute-sanitizer, decode and prefill of few tokens: memcheck, racecheck, initcheck, synccheck.
 
     python tests/gpu/sanitize.py [tool ...]
 
@@ -39,6 +39,8 @@ from onekernel.checkpoint.weights import load_weights
 from onekernel.gpu.decoder import Decoder
 from onekernel.gpu.device import find_gpu
 from onekernel.gpu.layout import Layout
+from onekernel.gpu.prefill_layout import PrefillLayout
+from onekernel.gpu.prefiller import Prefiller
 from onekernel.sampling.params import SamplingParams
 from onekernel.sampling.sampler import Sampler
 
@@ -54,6 +56,12 @@ given, count = map(int, sys.argv[1:])
 made = [token.id for token in decoder.generate(state, ([5, 80, 200] * given)[:given], sampler, count, frozenset())]
 again = decoder.restore(decoder.snapshot(state))
 decoder.logits(again, made[-3:])
+plan = PrefillLayout.plan(decoder.layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
+if plan is not None:  # few tokens, then many behind them
+    prefiller = Prefiller(decoder, plan)
+    prefiller.prefill(again, [5, 80, 200] * 7)
+    prefiller.prefill(again, [80, 5, 200] * 60)
+    prefiller.close()
 decoder.close()
 print("made", made)
 """

@@ -33,7 +33,7 @@ Expected = Callable[[int], tuple[list[int], ReferenceState, np.ndarray]]
 @pytest.fixture(scope="module")
 def prefiller(gpu: Gpu) -> Iterator[Prefiller]:
     layout = Layout.plan(SHAPE, SHAPE.vocab, gpu.sm_count, gpu.shared_memory)
-    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
+    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     if plan is None:
         pytest.skip("the prefill kernel needs more shared memory than this GPU has")
     made = Prefiller(Decoder(gpu, layout, random_weights(SHAPE)), plan)
@@ -130,12 +130,12 @@ def test_a_prompt_beyond_the_memory_is_refused_with_the_numbers(prefiller, monke
 
 
 def make_prefiller(gpu: Gpu, decoder: Decoder, shape: Shape) -> Prefiller:
-    plan = PrefillLayout.plan(decoder.layout, gpu.sm_count, gpu.shared_memory)
+    plan = PrefillLayout.plan(decoder.layout, gpu.sm_count, gpu.shared_memory, gpu.arch)
     assert plan is not None
     return Prefiller(decoder, plan)
 
 
-@pytest.mark.parametrize("size", ["2b", "4b", "27b"])
+@pytest.mark.parametrize("size", ["2b", "4b", "9b", "27b"])
 def test_the_other_sizes_are_as_close(gpu, make_decoder, size, record_property) -> None:
     shape = shortened(size)
     weights = random_weights(shape)

@@ -70,6 +70,7 @@ struct Producer {
                 finished = true;
                 return;
             }
+            if (PRODUCER_DOZE) doze(PRODUCER_DOZE);
             watchdog.check();
         }
         watchdog.spins = 0;
@@ -151,7 +152,8 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        u32 flags = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0 ? STOP_REQUESTED : 0;
+        u32 cancel = 0;  // asked for here and used at the end: it comes from the host
+        if (c.block == 0 && c.thread == 0) cancel = load_host(a.cancel);
 
         c.enter(PHASE_INPUT, 0);
         c.timeline.start_token(a.timeline, c.block);
@@ -202,13 +204,14 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
 
         c.enter(PHASE_TOKEN, LAYERS);
         c.mark(MARK_HEAD);
+        if (c.thread == 0) fence_gpu();  // what this block wrote for later tokens (KV cache) comes before its candidate
         u32 tag = tag_of(step);
         bool sample = step >= a.given - 1 + a.no_head;
         HeadFinish finish{&c, nullptr, &a.sampling, sample && a.sampling.active, {0, 0xFFFFFu}};
         if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, flags, tag);
+        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, cancel ? STOP_REQUESTED : 0, tag);
         c.mark(MARK_TOKEN);
         token = (int)choice.token;  // of no meaning after a given token that another follows
         if (sample) {

@@ -8,7 +8,7 @@
 #include "prefill/norm.cuh"
 #include "prefill/delta_chunks.cuh"
 #include "prefill/delta_scan.cuh"
-#include "prefill/attention.cuh"
+#include "prefill/attention_wgmma.cuh"
 #include "primitive/grid_barrier.cuh"
 
 static_assert(VOCAB % 16 == 0, "a warp stores 16 rows at a time");
@@ -18,88 +18,92 @@ constexpr int PHASES = 1 + PHASES_A_LAYER * LAYERS;  // the embedding first; the
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
-    larger(larger(GEMM_STAGES * GEMM_STAGE, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, ATTENTION_BYTES));
+    larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, WGMMA ? WIDE_ATTENTION_BYTES : ATTENTION_BYTES));
 
-extern "C" __device__ int shared_bytes = PREFILL_SHARED + 1024;  // the host reads these before the first launch
-extern "C" __device__ int item_bytes = ITEM_BYTES;
+constexpr int BARRIER_BYTES = 16 * GEMM_STAGES + 16;
 
-// Phase 3 of attention layers is empty.
-__device__ __forceinline__ bool is_empty(int phase) {
-    return phase > 0 && phase < PHASES && (phase - 1) % PHASES_A_LAYER == 3 && is_full((phase - 1) / PHASES_A_LAYER);
+extern "C" __device__ int shared_bytes = PREFILL_SHARED + BARRIER_BYTES + 1024;  // the host reads these before the first launch
+extern "C" __device__ int block_threads = PREFILL_THREADS;
+
+// Attention that is not split needs no merge.
+__device__ __forceinline__ bool is_empty(const PrefillArguments& a, int phase) {
+    if (phase == 0 || phase == PHASES || (phase - 1) % PHASES_A_LAYER != 3) return false;
+    return is_full((phase - 1) / PHASES_A_LAYER) && (!WGMMA || a.attention_splits == 1);
 }
 
-__device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, u8* memory) {
-    u32 shared = shared_address(memory);
+__device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, u8* memory, TokenRing& ring) {
     if (phase == 0) return embed(a, memory);
-    if (phase == PHASES)
-        return gemm<VOCAB, HIDDEN>(a, shared, 4 * LAYERS, a.input + (long long)a.logits_first * HIDDEN, a.logits_count, 1,
-                                   FloatRows<VOCAB>{a.logits, a.logits_count});
-    int layer = (phase - 1) / PHASES_A_LAYER, matrix = 4 * layer;
+    int layer = (phase - 1) / PHASES_A_LAYER, matrix = 4 * layer, step = (phase - 1) % PHASES_A_LAYER;
+    bool full = is_full(layer), head = phase == PHASES;
+    if (head || step == 0 || step == 4 || step == 6 || step == 7) {
+        Product p;
+        p.tokens = a.tokens, p.splits = 1, p.finish = ROWS_OF_TOKENS;
+        if (head)
+            p.matrix = 4 * LAYERS, p.rows = VOCAB, p.columns = HIDDEN, p.input = a.input + (long long)a.logits_first * HIDDEN, p.tokens = a.logits_count,
+            p.finish = LOGITS, p.out = (u16*)a.logits;
+        else if (step == 0)
+            p.matrix = matrix, p.rows = full ? FULL_STRIDE : LINEAR_STRIDE + 2 * VALUE_HEADS, p.columns = HIDDEN, p.input = a.input, p.out = a.projected,
+            p.finish = full ? ROWS_OF_TOKENS : PROJECTION_OF_LINEAR;
+        else if (step == 4)
+            p.matrix = matrix + 1, p.rows = HIDDEN, p.columns = full ? QUERY_DIM : VALUE_DIM, p.input = a.mixed, p.splits = a.mixer_splits, p.out = a.partials;
+        else if (step == 6)
+            p.matrix = matrix + 2, p.rows = 2 * INTERMEDIATE, p.columns = HIDDEN, p.input = a.input, p.finish = ACTIVATION, p.out = a.activated;
+        else
+            p.matrix = matrix + 3, p.rows = HIDDEN, p.columns = INTERMEDIATE, p.input = a.activated, p.splits = a.mlp_splits, p.out = a.partials;
+        return gemm(a, ring, p, memory);
+    }
     const float* parameters = layer_parameters(a.parameters, layer);
-    switch ((phase - 1) % PHASES_A_LAYER) {
-        case 0:
-            if (is_full(layer))
-                gemm<FULL_STRIDE, HIDDEN>(a, shared, matrix, a.input, a.tokens, 1, FullProjection{a.projected, a.tokens});
-            else
-                gemm<LINEAR_STRIDE + 2 * VALUE_HEADS, HIDDEN>(a, shared, matrix, a.input, a.tokens, 1, LinearProjection{a.projected, a.gates, a.tokens});
-            break;
+    switch (step) {
         case 1:
-            if (is_full(layer))
+            if (full)
                 rotate(a, full_layer(a, layer));
             else
                 delta_chunks(a, linear_layer(a, layer), memory);
             break;
         case 2:
-            if (is_full(layer) && QUERY_DIM != VALUE_DIM)
-                prefetch_matrix<HIDDEN, QUERY_DIM>(a, matrix + 1);
-            else
-                prefetch_matrix<HIDDEN, VALUE_DIM>(a, matrix + 1);
-            if (is_full(layer))
+            prefetch_matrix(a, matrix + 1, HIDDEN, full ? QUERY_DIM : VALUE_DIM);
+            if (full && WGMMA)
+                attend_wide(a, layer, memory);
+            else if (full)
                 attend(a, full_layer(a, layer), memory);
             else
                 delta_scan(a, linear_layer(a, layer), memory);
             break;
         case 3:
-            if (!is_full(layer)) gated_norm(a, linear_layer(a, layer));
-            break;
-        case 4:
-            if (is_full(layer) && QUERY_DIM != VALUE_DIM)
-                gemm<HIDDEN, QUERY_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows<HIDDEN>{a.partials, a.tokens});
+            if (full)
+                merge_attention(a);
             else
-                gemm<HIDDEN, VALUE_DIM>(a, shared, matrix + 1, a.mixed, a.tokens, a.mixer_splits, FloatRows<HIDDEN>{a.partials, a.tokens});
+                gated_norm(a, linear_layer(a, layer));
             break;
-        case 5:
-        case 8: {
-            bool after_mixer = (phase - 1) % PHASES_A_LAYER == 5;
+        default: {
+            bool after_mixer = step == 5;
             if (after_mixer) {
-                prefetch_matrix<2 * INTERMEDIATE, HIDDEN>(a, matrix + 2);
-                prefetch_matrix<HIDDEN, INTERMEDIATE>(a, matrix + 3);
+                prefetch_matrix(a, matrix + 2, 2 * INTERMEDIATE, HIDDEN);
+                prefetch_matrix(a, matrix + 3, HIDDEN, INTERMEDIATE);
             } else if (layer + 1 < LAYERS) {
-                if (is_full(layer + 1))
-                    prefetch_matrix<FULL_STRIDE, HIDDEN>(a, matrix + 4);
-                else
-                    prefetch_matrix<LINEAR_STRIDE + 2 * VALUE_HEADS, HIDDEN>(a, matrix + 4);
+                prefetch_matrix(a, matrix + 4, is_full(layer + 1) ? FULL_STRIDE : LINEAR_STRIDE + 2 * VALUE_HEADS, HIDDEN);
             }
             const float* weight = after_mixer ? parameters + HIDDEN : layer_parameters(a.parameters, layer + 1);
             add_and_normalise(a, after_mixer ? a.mixer_splits : a.mlp_splits, weight, memory);
-            break;
         }
-        case 6: gemm<2 * INTERMEDIATE, HIDDEN>(a, shared, matrix + 2, a.input, a.tokens, 1, Activation{a.activated, a.tokens}); break;
-        case 7: gemm<HIDDEN, INTERMEDIATE>(a, shared, matrix + 3, a.activated, a.tokens, a.mlp_splits, FloatRows<HIDDEN>{a.partials, a.tokens}); break;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const __grid_constant__ PrefillArguments a) {
-    extern __shared__ u8 unaligned[];
-    u8* memory = unaligned + (1024 - (shared_address(unaligned) & 1023)) % 1024;  // the 128-byte swizzle repeats every 1,024
-    Watchdog watchdog{a.report, a.spin_limit, 0, 0, PHASE_NONE, 0};
+    extern __shared__ __align__(1024) u8 memory[];  // the 128-byte swizzle repeats every 1,024
+    if (shared_address(memory) % 1024) fault();
     u32 arrivals = 0;
+    TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, (volatile u32*)(memory + PREFILL_SHARED + 16 * GEMM_STAGES)};
+    ring.init();
+    __syncthreads();
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
-        if (is_empty(phase)) continue;
-        run_phase(a, phase, memory);
-        watchdog.enter(PHASE_NONE, phase);
+        if (is_empty(a, phase)) continue;
+        run_phase(a, phase, memory, ring);
         arrivals += gridDim.x;
-        if (phase + 1 < a.end_phase) grid_barrier(a.barrier, arrivals, watchdog);
-        if (a.times && blockIdx.x == 0 && threadIdx.x == 0) a.times[phase] = nanoseconds();
+        if (phase + 1 < a.end_phase) {
+            Watchdog watchdog{a.report, a.spin_limit, 0, 0, PHASE_NONE, (u32)phase};
+            grid_barrier(a.barrier, arrivals, watchdog);
+        }
+        if (a.times && block_index() == 0 && thread_index() == 0) a.times[phase] = nanoseconds();
     }
 }

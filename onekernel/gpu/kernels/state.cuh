@@ -78,6 +78,8 @@ struct ResidualFinish {
     u32* channel;
     u32 tag;
 
+    static constexpr bool EXCHANGED = true;
+
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {

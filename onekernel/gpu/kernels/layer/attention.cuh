@@ -22,6 +22,8 @@ struct PublishFinish {
     u32* projected;
     u32 tag;
 
+    static constexpr bool EXCHANGED = true;
+
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {

@@ -16,6 +16,8 @@ struct ProjectionFinish {
     u32 tag;
     float4 window, taps;  // of the row's channel; where there is no channel, taps holds the row's constants
 
+    static constexpr bool EXCHANGED = true;
+
     __device__ __forceinline__ void prepare(int group, int groups) {
         int row = group * 8 + consumer->thread;
         if (consumer->thread >= groups * 8) return;
@@ -195,5 +197,6 @@ __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer&
         }
     }
     c.mark(MARK_ATTENDED);
+    pause(POLL_AFTER_PUBLISHING);
     receive_gated_norm(c, channels.mixed, tag);
 }

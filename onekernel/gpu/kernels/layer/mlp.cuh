@@ -8,6 +8,8 @@ struct ActivationFinish {
     u32* activated;
     u32 tag;
 
+    static constexpr bool EXCHANGED = true;
+
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {

@@ -20,7 +20,7 @@ static_assert(ATTENTION_GROUP >= QUERY_ROWS * HEAD_DIM * 4, "a group's output wa
 // Lane l holds dims 8 l to 8 l + 7 of one head; `rope` is (cos, sin) of the pairs (i, i + ROTARY_DIM / 2).
 __device__ __forceinline__ uint4 norm_and_rotate(uint4 packed, const float* weight, const float2* rope) {
     constexpr int HALF_LANES = ROTARY_DIM / 2 / 8;
-    int lane = threadIdx.x % 32;
+    int lane = thread_index() % 32;
     float x[8], squares = 0;
     unpack8(x, packed);
 #pragma unroll
@@ -40,8 +40,8 @@ __device__ __forceinline__ uint4 norm_and_rotate(uint4 packed, const float* weig
 
 __device__ __forceinline__ void rotate(const PrefillArguments& a, const FullLayer& layer) {
     constexpr int SLOTS = HEADS + 2 * KV_HEADS;
-    int lane = threadIdx.x % 32;
-    for (int i = blockIdx.x * PREFILL_WARPS + threadIdx.x / 32; i < a.tokens * SLOTS; i += gridDim.x * PREFILL_WARPS) {
+    int lane = thread_index() % 32;
+    for (int i = block_index() * PREFILL_WARPS + thread_index() / 32; i < a.tokens * SLOTS; i += gridDim.x * PREFILL_WARPS) {
         int token = i / SLOTS, slot = i % SLOTS, position = a.position + token;
         u16* row = a.projected + (long long)token * FULL_STRIDE;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void rotate(const PrefillArguments& a, const FullLaye
 
 // Keys, then values, of KEY_TILE positions; by the 128 threads of a group.
 __device__ __forceinline__ void load_key_tile(const FullLayer& layer, long long head_offset, int first_key, int last_key, u32 stage) {
-    int t = threadIdx.x % 128, chunk = t % 32;
+    int t = thread_index() % 128, chunk = t % 32;
     const u16* from = layer.keys + head_offset + 8 * chunk;
     long long to_values = layer.values - layer.keys;
 #pragma unroll 2
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_key_tile(const FullLayer& layer, long long 
 }
 
 __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const FullLayer& layer, int kv_head, int tile, u8* memory) {
-    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    int group = thread_index() / 128, warp = thread_index() / 32 % 4, lane = thread_index() % 32;
     int first_token = tile * TOKENS_A_TILE, tokens = min(TOKENS_A_TILE, a.tokens - first_token);
     int keys = a.position + first_token + tokens, key_tiles = (keys + KEY_TILE - 1) / KEY_TILE;
     long long head_offset = (long long)kv_head * a.max_context * HEAD_DIM;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
 
     __syncthreads();  // shared memory is free
 #pragma unroll 2
-    for (int i = threadIdx.x; i < QUERY_ROWS * 32; i += PREFILL_THREADS) {
+    for (int i = thread_index(); i < QUERY_ROWS * 32; i += PREFILL_THREADS) {
         int row = i / 32, token = min(first_token + row / GROUP_QUERIES, a.tokens - 1), head = kv_head * GROUP_QUERIES + row % GROUP_QUERIES;
         copy_async16(queries + swizzled<KEY_ROW>(row, i % 32), a.projected + (long long)token * FULL_STRIDE + head * 2 * HEAD_DIM + 8 * (i % 32));
     }
@@ -200,12 +200,12 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
         }
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n)
-            shares[group * (ATTENTION_GROUP / 16) + n * 128 + threadIdx.x % 128] =
+            shares[group * (ATTENTION_GROUP / 16) + n * 128 + thread_index() % 128] =
                 make_float4(out[n][0] * share[0], out[n][1] * share[0], out[n][2] * share[1], out[n][3] * share[1]);
     }
     __syncthreads();
 #pragma unroll 2
-    for (int f = threadIdx.x; f < HEAD_DIM / 8 * 128; f += PREFILL_THREADS) {
+    for (int f = thread_index(); f < HEAD_DIM / 8 * 128; f += PREFILL_THREADS) {
         float4 sum = shares[f];
 #pragma unroll
         for (int g = 1; g < ATTENTION_GROUPS; ++g) {
@@ -228,6 +228,6 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
 __device__ __forceinline__ void attend(const PrefillArguments& a, const FullLayer& layer, u8* memory) {
     int tiles = (a.tokens + TOKENS_A_TILE - 1) / TOKENS_A_TILE;
     // The last tokens have the most keys: they come first.
-    for (int item = blockIdx.x; item < tiles * KV_HEADS; item += gridDim.x)
+    for (int item = block_index(); item < tiles * KV_HEADS; item += gridDim.x)
         attend_tile(a, layer, item % KV_HEADS, tiles - 1 - item / KV_HEADS, memory);
 }

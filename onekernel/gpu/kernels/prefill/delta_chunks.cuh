@@ -23,65 +23,31 @@ struct ChunkScratch {
     float beta[CHUNK];
 };
 
-// Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
-// Lane l has dims 4 l to 4 l + 3. Loops stay loops: this code runs once a layer, and fetching it costs more than running it.
-__device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first_row = 16 * warp;
+// First channel of k, v and q of a head, the parts as they lie in ChunkScratch.
+__device__ __forceinline__ int part_channel(int part, int head) {
     int key_head = head / (VALUE_HEADS / KEY_HEADS);
-    int rows_left = a.tokens - first_token - first_row;
-    u32 base = shared_address(&s);
-#pragma unroll 1
-    for (int part = 0; part < 3; ++part) {  // k, v, q, as they lie in ChunkScratch
-        int channel = part == 0 ? KEY_DIM + key_head * KEY_HEAD_DIM : part == 1 ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
-        const u16* from = a.projected + (long long)(first_token + first_row + lane / 16) * LINEAR_STRIDE + channel + lane % 16 * 8;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (2 * i + lane / 16 < rows_left)
-                copy_async16(base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + 2 * i + lane / 16, lane % 16), from + 2 * i * LINEAR_STRIDE);
-    }
-    copy_commit();
-#pragma unroll 1
-    for (int part = 0; part < 3; ++part) {
-        int channel = part == 0 ? KEY_DIM + key_head * KEY_HEAD_DIM : part == 1 ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
-        channel += 4 * lane;
-        float4 taps[4], x[3];
+    return part == 0 ? KEY_DIM + key_head * KEY_HEAD_DIM : part == 1 ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
+}
+
+// What the convolution of four channels needs beside the chunk's own rows.
+struct Convolution {
+    float4 taps[4];
+    uint2 before[3];  // the three rows before this warp's, 16 bit
+
+    __device__ __forceinline__ void load(const PrefillArguments& a, const LinearLayer& layer, int first_token, int channel) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) taps[i] = load_constant4(layer.conv_weight + 4 * (channel + i));
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
-            int token = first_token + first_row + i - 3;
-            if (token < 0) {  // before the first token: the state's window
-                const float* w = layer.conv_window + 4 * channel + 4 + token;
-                x[i] = make_float4(w[0], w[4], w[8], w[12]);
-            } else {
-                uint2 v = token < a.tokens ? *(const uint2*)(a.projected + (long long)token * LINEAR_STRIDE + channel) : make_uint2(0, 0);
-                x[i] = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
-            }
-        }
-        copy_wait<0>();
-        __syncwarp();
-#pragma unroll 2
-        for (int row = 0; row < 16; ++row) {
-            u32 at = base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + row, lane / 2) + lane % 2 * 8;
-            uint2 v;
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
-            float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y)), y;
-            y.x = quick_silu(taps[0].x * x[0].x + taps[0].y * x[1].x + taps[0].z * x[2].x + taps[0].w * now.x);
-            y.y = quick_silu(taps[1].x * x[0].y + taps[1].y * x[1].y + taps[1].z * x[2].y + taps[1].w * now.y);
-            y.z = quick_silu(taps[2].x * x[0].z + taps[2].y * x[1].z + taps[2].z * x[2].z + taps[2].w * now.z);
-            y.w = quick_silu(taps[3].x * x[0].w + taps[3].y * x[1].w + taps[3].z * x[2].w + taps[3].w * now.w);
-            float scale = part == 1 ? 1.0f : rsqrtf(warp_sum(y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w) + 1e-6f);
-            bool valid = row < rows_left;  // padding is zero: it leaves the state alone
-            u32 low = valid ? pack_half2(y.x * scale, y.y * scale) : 0, high = valid ? pack_half2(y.z * scale, y.w * scale) : 0;
-            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(low), "r"(high) : "memory");
-            x[0] = x[1], x[1] = x[2], x[2] = now;
+            int token = first_token + i - 3;
+            before[i] = token >= 0 && token < a.tokens ? *(const uint2*)(a.projected + (long long)token * LINEAR_STRIDE + channel) : make_uint2(0, 0);
         }
     }
-}
+};
 
 // beta and the cumulative decay; by one warp.
 __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
-    int lane = threadIdx.x % 32;
+    int lane = thread_index() % 32;
     float decay[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -106,10 +72,70 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
     s.total[2 * lane + 1] = total;
 }
 
+// Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
+// Lane l has dims 4 l to 4 l + 3 of 8 at once, so that their chains of dependent steps overlap.
+__device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_row = 16 * warp;
+    int rows_left = a.tokens - first_token - first_row;
+    u32 base = shared_address(&s);
+#pragma unroll 1
+    for (int part = 0; part < 3; ++part) {
+        const u16* from = a.projected + (long long)(first_token + first_row + lane / 16) * LINEAR_STRIDE + part_channel(part, head) + lane % 16 * 8;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (2 * i + lane / 16 < rows_left)
+                copy_async16(base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + 2 * i + lane / 16, lane % 16), from + 2 * i * LINEAR_STRIDE);
+    }
+    copy_commit();
+    Convolution next;
+    next.load(a, layer, first_token + first_row, part_channel(0, head) + 4 * lane);
+    if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);  // while the copies are on their way
+#pragma unroll 1
+    for (int part = 0; part < 3; ++part) {
+        Convolution c = next;
+        if (part < 2) next.load(a, layer, first_token + first_row, part_channel(part + 1, head) + 4 * lane);
+        float4 x[3];
+#pragma unroll
+        for (int i = 0; i < 3; ++i) x[i] = make_float4(low_half(c.before[i].x), high_half(c.before[i].x), low_half(c.before[i].y), high_half(c.before[i].y));
+        if (first_token + first_row == 0) {  // before the first token: the state's window
+            const float* w = layer.conv_window + 4 * (part_channel(part, head) + 4 * lane);
+#pragma unroll
+            for (int i = 0; i < 3; ++i) x[i] = make_float4(w[1 + i], w[5 + i], w[9 + i], w[13 + i]);
+        }
+        copy_wait<0>();
+        __syncwarp();
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            u32 at = base + part * CHUNK * HEAD_ROW + (first_row + 8 * half) * HEAD_ROW + lane % 2 * 8;
+            float4 y[8];
+            float sums[8];
+#pragma unroll
+            for (int row = 0; row < 8; ++row) {
+                uint2 v = load_shared2(at + swizzled<HEAD_ROW>(row, lane / 2));
+                float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
+                y[row].x = quick_silu(c.taps[0].x * x[0].x + c.taps[0].y * x[1].x + c.taps[0].z * x[2].x + c.taps[0].w * now.x);
+                y[row].y = quick_silu(c.taps[1].x * x[0].y + c.taps[1].y * x[1].y + c.taps[1].z * x[2].y + c.taps[1].w * now.y);
+                y[row].z = quick_silu(c.taps[2].x * x[0].z + c.taps[2].y * x[1].z + c.taps[2].z * x[2].z + c.taps[2].w * now.z);
+                y[row].w = quick_silu(c.taps[3].x * x[0].w + c.taps[3].y * x[1].w + c.taps[3].z * x[2].w + c.taps[3].w * now.w);
+                sums[row] = y[row].x * y[row].x + y[row].y * y[row].y + y[row].z * y[row].z + y[row].w * y[row].w;
+                x[0] = x[1], x[1] = x[2], x[2] = now;
+            }
+            float norm = part == 1 ? 1.0f : rsqrtf(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane / 4
+#pragma unroll
+            for (int row = 0; row < 8; ++row) {
+                float scale = __shfl_sync(0xFFFFFFFFu, norm, 4 * row);
+                bool valid = 8 * half + row < rows_left;  // padding is zero: it leaves the state alone
+                u32 low = valid ? pack_half2(y[row].x * scale, y[row].y * scale) : 0, high = valid ? pack_half2(y[row].z * scale, y[row].w * scale) : 0;
+                store_shared2(at + swizzled<HEAD_ROW>(row, lane / 2), low, high);
+            }
+        }
+    }
+}
+
 // solve = (I + solve)^-1 for a strictly lower triangular matrix, in float32: diagonal blocks of 16 by substitution, then
 // pairs of blocks of 16 and of 32: [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. By the group's 128 threads.
 __device__ __forceinline__ void invert(float* solve, int barrier) {
-    int t = threadIdx.x % 128;
+    int t = thread_index() % 128;
     if (t < 64) {
         float* block = solve + (t / 16 * 16) * (SOLVE_STRIDE + 1);
         int column = t % 16;
@@ -186,7 +212,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
 
 // U = R diag(beta) v and -W = -R diag(beta exp(total)) k, of this warp's 16 tokens.
 __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = 16 * warp + lane / 4;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, row = 16 * warp + lane / 4;
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
         u32 rows = shared_address(part ? s.key : s.value);
@@ -223,17 +249,13 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item
 
 // This warp's 16 rows of q, faded from the chunk's start, and of k, faded to its end, to device memory.
 __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, chunk = lane % 16;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, chunk = lane % 16;
     float end = s.total[CHUNK - 1];
 #pragma unroll 2
     for (int i = 0; i < 16; ++i) {
         bool is_key = i >= 8;
         int row = 16 * warp + 2 * (i % 8) + lane / 16;
-        uint4 v;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk))
-                     : "memory");
+        uint4 v = load_shared4(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk));
         float f = quick_exp(is_key ? end - s.total[row] : s.total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
         *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + row * HEAD_ROW + 16 * chunk) =
@@ -242,10 +264,9 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
 }
 
 __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const LinearLayer& layer, int chunk, int head, ChunkScratch& s, int barrier) {
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first_token = chunk * CHUNK;
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_token = chunk * CHUNK;
     u8* item = a.items + (long long)(chunk * VALUE_HEADS + head) * ITEM_BYTES;
     u32 query = shared_address(s.query), key = shared_address(s.key);
-    if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);
     convolve(a, layer, first_token, head, s);
     group_barrier(barrier, 128);
 
@@ -295,9 +316,9 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
 }
 
 __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const LinearLayer& layer, u8* memory) {
-    int group = threadIdx.x / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
+    int group = thread_index() / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
     if (group >= CHUNK_GROUPS) return;
     ChunkScratch& scratch = ((ChunkScratch*)memory)[group];
-    for (int item = group * gridDim.x + blockIdx.x; item < items; item += CHUNK_GROUPS * gridDim.x)
+    for (int item = group * gridDim.x + block_index(); item < items; item += CHUNK_GROUPS * gridDim.x)
         delta_chunk(a, layer, item / VALUE_HEADS, item % VALUE_HEADS, scratch, 1 + group);
 }

@@ -21,7 +21,7 @@ static_assert(KEY_HEAD_DIM == SCAN_WARPS * 16, "each warp has 16 rows of the sta
 __device__ __forceinline__ void load_scan_stage(const u8* item, u32 stage) {
     constexpr int LOADERS = PREFILL_THREADS - 32 * SCAN_WARPS, HEAD_CHUNKS = 3 * CHUNK * HEAD_ROW / 16, SCORE_CHUNKS = CHUNK * CHUNK * 2 / 16;
     static_assert(ITEM_WEIGHT == 0 && ITEM_QUERY == SCAN_QUERY && ITEM_KEY == SCAN_KEY && ITEM_SCORES == SCAN_SCORES, "copied as one range");
-    int t = threadIdx.x - 32 * SCAN_WARPS;
+    int t = thread_index() - 32 * SCAN_WARPS;
 #pragma unroll 4
     for (int i = t; i < HEAD_CHUNKS; i += LOADERS)
         copy_async16(stage + swizzled<HEAD_ROW>(i / (HEAD_ROW / 16), i % (HEAD_ROW / 16)), item + 16 * i);
@@ -30,11 +30,9 @@ __device__ __forceinline__ void load_scan_stage(const u8* item, u32 stage) {
         copy_async16(stage + SCAN_SCORES + swizzled<CHUNK * 2>(i / 8, i % 8), item + ITEM_SCORES + 16 * i);
 }
 
-__device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
-
 __device__ __forceinline__ void scan_head(const PrefillArguments& a, const LinearLayer& layer, int head, int first_column, u32 shared) {
     constexpr int STATE_FRAGMENTS = SCAN_COLUMNS / 8;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = (a.tokens + CHUNK - 1) / CHUNK;
+    int warp = thread_index() / 32, lane = thread_index() % 32, chunks = (a.tokens + CHUNK - 1) / CHUNK;
     bool computes = warp < SCAN_WARPS;
     u32 state_rows = shared + SCAN_STAGES * SCAN_STAGE, delta_rows = state_rows + KEY_HEAD_DIM * SCAN_ROW;
     float* column = layer.recurrent_state + ((long long)head * VALUE_HEAD_DIM + first_column) * KEY_HEAD_DIM;
@@ -171,7 +169,7 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
 
 // The last four inputs of the convolution, for the tokens to come. delta_chunks, which reads the window, is over.
 __device__ __forceinline__ void move_window(const PrefillArguments& a, const LinearLayer& layer) {
-    for (int channel = blockIdx.x * PREFILL_THREADS + threadIdx.x; channel < CONV_DIM; channel += gridDim.x * PREFILL_THREADS) {
+    for (int channel = block_index() * PREFILL_THREADS + thread_index(); channel < CONV_DIM; channel += gridDim.x * PREFILL_THREADS) {
         float* window = layer.conv_window + 4 * channel;
         float next[4];
 #pragma unroll
@@ -186,6 +184,6 @@ __device__ __forceinline__ void move_window(const PrefillArguments& a, const Lin
 __device__ __forceinline__ void delta_scan(const PrefillArguments& a, const LinearLayer& layer, u8* memory) {
     constexpr int PARTS = VALUE_HEAD_DIM / SCAN_COLUMNS;
     move_window(a, layer);
-    for (int item = blockIdx.x; item < VALUE_HEADS * PARTS; item += gridDim.x)
+    for (int item = block_index(); item < VALUE_HEADS * PARTS; item += gridDim.x)
         scan_head(a, layer, item / PARTS, item % PARTS * SCAN_COLUMNS, shared_address(memory));
 }

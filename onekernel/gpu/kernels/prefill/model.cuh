@@ -5,8 +5,6 @@
 #include "primitive/matrix.cuh"
 #include "state.cuh"
 
-constexpr int PREFILL_WARPS = 12;
-constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
 constexpr int LINEAR_STRIDE = CONV_DIM + VALUE_DIM;  // numbers of a token's row in `projected`: q, k, v | z
 constexpr int FULL_STRIDE = 2 * QUERY_DIM + 2 * KV_DIM;
@@ -16,20 +14,32 @@ constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool WGMMA = true;
+constexpr int PREFILL_WARPS = 16;
 #else
 constexpr bool WGMMA = false;
+constexpr int PREFILL_WARPS = 12;
 #endif
+constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
 constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
 constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
 constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
 
-// The place of a column of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x 64 columns, each as it
-// stands in shared memory, so that one copy brings it there.
+constexpr bool NARROW = NARROW_TILES && WGMMA;
+
+// The place of an even column, and the next one, of a token in a product's input of COLUMNS: tiles of TOKEN_TILE tokens x
+// 64 columns, each as it stands in shared memory, so that one copy brings it there. Of 32 columns, pair w of each 8 stand
+// together: the weights of a tape tile are then an operand of the tensor cores as they are (gemm.cuh).
 template <int COLUMNS>
 __device__ __forceinline__ u16* input_place(u16* input, int token, int column) {
     u32 tile = (u32)token / TOKEN_TILE, row = (u32)token % TOKEN_TILE;
     u8* at = (u8*)input + (long long)(tile * (COLUMNS / STEP_COLUMNS) + column / STEP_COLUMNS) * TOKENS_BYTES;
-    return (u16*)(at + swizzled<STEP_BYTES>(row, column % STEP_COLUMNS / 8)) + column % 8;
+    return (u16*)(at + swizzled<STEP_BYTES>(row, column % STEP_COLUMNS / 32 * 4 + column % 8 / 2) + column % 32 / 8 * 4);
+}
+// Columns `column` (a multiple of 4) to column + 3.
+template <int COLUMNS>
+__device__ __forceinline__ void store_input(u16* input, int token, int column, u32 first, u32 second) {
+    *(u32*)input_place<COLUMNS>(input, token, column) = first;
+    *(u32*)input_place<COLUMNS>(input, token, column + 2) = second;
 }
 
 // With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
@@ -37,34 +47,14 @@ __device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f
 __device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.44269504f * x); }
 __device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 
-// One group of 8 rows of a matrix on the tape (gpu/tape.py).
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ const u8* group_place(const PrefillArguments& a, int matrix, int group) {
-    constexpr int GROUPS = (ROWS + 7) / 8;
-    group = min(group, GROUPS - 1);
-    static_assert((long long)GROUPS * BLOCKS < 1u << 31, "32-bit arithmetic");
-    u32 block = ((u32)(group + 1) * BLOCKS - 1) / GROUPS;  // of the decode kernel, which owns the group
-    return a.tape + a.matrix_offsets[matrix * BLOCKS + block] + (long long)(group - GROUPS * block / BLOCKS) * COLUMNS * 16;
-}
-
-// Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
-template <int COLUMNS>
-__device__ __forceinline__ int tile_offset(int column_tile) {
-    constexpr int TILES = COLUMNS / CONSUMER_WARPS / 32;
-    int warp = column_tile / TILES, tile = column_tile % TILES, stage = tile / TILES_PER_STAGE;
-    int count = min(TILES_PER_STAGE, TILES - stage * TILES_PER_STAGE);
-    return (stage * CONSUMER_WARPS * TILES_PER_STAGE + warp * count + tile % TILES_PER_STAGE) * 512;
-}
-
 // Asks for a whole matrix in L2, ahead of the phase that multiplies it; matrices that would not stay there are left alone.
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix) {
-    constexpr int GROUPS = (ROWS + 7) / 8;
-    if ((long long)ROWS * COLUMNS * 2 > MOST_PREFETCHED) return;
-    for (int block = blockIdx.x; block < BLOCKS; block += gridDim.x) {
+__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix, int rows, int columns) {
+    int groups = (rows + 7) / 8;
+    if ((long long)rows * columns * 2 > MOST_PREFETCHED) return;
+    for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
-        int bytes = (first_group(GROUPS, block + 1) - first_group(GROUPS, block)) * COLUMNS * 16;
-        for (int at = threadIdx.x * 128; at < bytes; at += PREFILL_THREADS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(share + at));
+        int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
+        for (int at = thread_index() * 128; at < bytes; at += PREFILL_THREADS * 128) prefetch_l2(share + at);
     }
 }
 

@@ -204,7 +204,7 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
         if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
         c.mark(MARK_MULTIPLIED);
         consumer_barrier();
-        c.mark(MARK_SUMMED);
+        if (behind_barrier(c.activations)) c.mark(MARK_SUMMED);
         finish(group, count, [&](int i) {
             float sum = 0;
 #pragma unroll
@@ -212,6 +212,8 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
             return sum;
         });
         c.mark(MARK_PUBLISHED);
+        // What all blocks publish now comes no sooner: polls before that only stand in its way.
+        if (Finish::EXCHANGED) pause(c.warp * 32 < count * 8 ? POLL_AFTER_PUBLISHING : POLL_AFTER);
         group += count;
         c.buffer ^= 1;
     }

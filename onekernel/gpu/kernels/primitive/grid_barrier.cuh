@@ -4,20 +4,23 @@
 #include "primitive/memory.cuh"
 #include "primitive/watchdog.cuh"
 
+// Counts one more arrival; what this thread wrote before is visible to whom the count is.
+__device__ __forceinline__ void arrive_at(u32* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ u32 load_acquire(const u32* counter) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
+
 // `target`: arrivals so far, those of this barrier included. What any thread wrote before is visible to all behind it
 // (through plain loads and cp.async, not through ld.global.nc).
 __device__ __forceinline__ void grid_barrier(u32* counter, u32 target, Watchdog& watchdog) {
     __syncthreads();
     if (threadIdx.x == 0) {
         fence_gpu();
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-        u32 arrived;
+        arrive_at(counter);
         watchdog.spins = 0;
-        while (true) {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-            if (arrived >= target) break;
-            watchdog.check();
-        }
+        while (load_acquire(counter) < target) watchdog.check();
         fence_gpu();
     }
     __syncthreads();

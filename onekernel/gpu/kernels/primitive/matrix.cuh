@@ -33,6 +33,27 @@ template <int PENDING>
 __device__ __forceinline__ void copy_wait() {}
 #endif
 
+__device__ __forceinline__ u32 load_shared(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_shared2(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_shared4(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+__device__ __forceinline__ void store_shared2(u32 at, u32 v, u32 w) { asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v), "r"(w) : "memory"); }
+__device__ __forceinline__ void store_shared4(u32 at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Barrier of a part of the block: `id` 1 to 15, `threads` a multiple of 32.
 __device__ __forceinline__ void group_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -56,6 +77,20 @@ __device__ __forceinline__ u32 transpose8(u32 v) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
     return r;
 }
+
+// Four 8 x 8 matrices, transposed, into shared memory: lane 8 m + i gives the place of column i of matrix m.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void store_matrix_transposed(u32 shared, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+#else
+__device__ __forceinline__ void store_matrix_transposed(u32 shared, u32 a, u32 b, u32 c, u32 d) {
+    int lane = threadIdx.x % 32;
+    u32 words[4] = {transpose8(a), transpose8(b), transpose8(c), transpose8(d)};
+#pragma unroll
+    for (int m = 0; m < 4; ++m) store_shared(__shfl_sync(0xFFFFFFFFu, shared, 8 * m + lane / 4) + 4 * (lane % 4), words[m]);
+}
+#endif
 
 // ---- fp16, whatever the model's own format: the delta rule's operands are bounded and need the longer mantissa ----
 

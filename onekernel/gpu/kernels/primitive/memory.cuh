@@ -49,10 +49,24 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
     return v;
 }
 
+// The same four words as floats, where `wanted`; v stays as it is otherwise. A branch around many loads costs registers.
+__device__ __forceinline__ void load_l2_if(float4& v, const float* p, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];}"
+                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+                 : "l"(p), "r"((u32)wanted)
+                 : "memory");
+}
+
 // Constant for the whole launch: may go through the read-only path.
 __device__ __forceinline__ float4 load_constant4(const float* p) {
     float4 v;
     asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+    return v;
+}
+// Read once: not worth a place in L1.
+__device__ __forceinline__ uint4 load_stream(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 __device__ __forceinline__ float load_constant(const float* p) {
@@ -61,8 +75,20 @@ __device__ __forceinline__ float load_constant(const float* p) {
     return v;
 }
 
+// Asks for 128 bytes in L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Does nothing for about so many clocks.
+__device__ __forceinline__ void pause(u32 clocks) {
+    u32 start = (u32)clock();
+    while ((u32)clock() - start < clocks) {
+    }
+}
+// The same for about so many nanoseconds, without taking turns from other warps.
+__device__ __forceinline__ void doze(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
 __device__ __forceinline__ u64 nanoseconds() {
     u64 t;

@@ -39,6 +39,13 @@ __device__ __forceinline__ int block_index() {
     return block;
 }
 
+// The same number, of which the compiler does not know that: nothing computed from it moves out of the phase either.
+__device__ __forceinline__ int hidden(int v) {
+    int same;
+    asm volatile("mov.u32 %0, %1;" : "=r"(same) : "r"(v));
+    return same;
+}
+
 // One step of warp_sum_scatter: WIDTH values are left to each lane, lanes OFFSET apart exchange halves.
 template <int WIDTH, int OFFSET, int N>
 __device__ __forceinline__ void halve(float (&v)[N], int lane) {

@@ -1,0 +1,204 @@
+// What becomes of the products: each finish has the sums for a thread's row of a pair of row groups and some rows of the
+// batch (Place in gemm.cuh), scaled by the norm of the input where there is one.
+#pragma once
+
+#include "batch/gemm.cuh"
+
+// 1 / rms of each row's residual stream, from the sums of squares that the blocks left. Ready behind the next barrier.
+__device__ __forceinline__ void find_inverse_rms(const Consumer& c, const BatchArguments& a, float* inverse) {
+#pragma unroll 1
+    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
+        float total = 0;
+#pragma unroll 4
+        for (int block = c.lane; block < BLOCKS; block += 32) total += load_l2_float(a.squares + n * BLOCKS + block);
+        total = warp_sum(total);
+        if (c.lane == 0) inverse[n] = rsqrtf(total / HIDDEN + NORM_EPS);
+    }
+}
+
+struct Finish {
+    const Consumer* consumer;
+    const BatchArguments* arguments;
+    const Rows* rows;
+    float* inverse;  // shared: 1 / rms of each row's input
+
+    __device__ __forceinline__ void begin(int) {}
+    __device__ __forceinline__ void prepare(int, int, int, int) {}
+    __device__ __forceinline__ void end(int) {}
+};
+
+// Of a product whose input is the residual stream, times the weights of the norm and in 16 bits.
+struct NormedFinish : Finish {
+    __device__ __forceinline__ void begin(int pass) {
+        if (pass == 0) find_inverse_rms(*consumer, *arguments, inverse);
+    }
+};
+
+// in_proj: q, k, v pass the causal convolution (this thread alone has the channel's window) and SiLU; z becomes gate =
+// norm weight * silu(z); b becomes beta; a becomes the log of the decay.
+struct LinearProjection : NormedFinish {
+    LinearLayer layer;
+    int index;  // of the layer
+    float4 taps[NormedPlace::UNITS][NormedPlace::ROWS], window[NormedPlace::UNITS][NormedPlace::ELEMENTS];
+
+    __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
+#pragma unroll
+        for (int i = 0; i < NormedPlace::ROWS; ++i) {
+            int local = NormedPlace::row(*consumer, i), row = first + local;
+            float4& t = taps[unit][i];
+            if (local >= count) continue;
+            if (row < CONV_DIM) {
+                t = load_constant4(layer.conv_weight + 4 * row);
+            } else if (row < CONV_DIM + VALUE_DIM) {
+                t.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
+            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS && row < PROJECTED_LINEAR) {
+                int head = row - (PROJECTED_LINEAR - VALUE_HEADS);
+                t.x = load_constant(layer.dt_bias + head);
+                t.y = load_constant(layer.negative_decay_rate + head);
+            }
+        }
+        if (first >= CONV_DIM) return;
+        each_element<NormedPlace>(*consumer, [&](int i, int row, int column) {
+            int n = pass * PASS_COLUMNS + column;
+            bool wanted = row < count && first + row < CONV_DIM && n < arguments->rows && rows->kind[n];
+            load_l2_if(window[unit][i], conv_window(rows->state[wanted ? n : 0], index) + 4 * (first + row), wanted);
+        });
+    }
+    template <class Sum>
+    __device__ __forceinline__ void operator()(int unit, int pass, int first, int count, Sum sum) {
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, row = first + local;
+            if (local >= count || row >= PROJECTED_LINEAR || n >= arguments->rows || !rows->kind[n]) return;
+            float y = __fmul_rn(sum(i), inverse[n]);
+            float4 t = taps[unit][i % NormedPlace::ROWS];
+            bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
+            if (row < CONV_DIM) {
+                float4 w = window[unit][i];
+                *(float4*)(conv_window(rows->state[n], index) + 4 * row) = make_float4(w.y, w.z, w.w, y);
+                y = fmaf(t.w, y, fmaf(t.z, w.w, fmaf(t.y, w.z, t.x * w.y)));
+            }
+            if (!is_decay) {
+                float gate = quick_sigmoid(y);
+                y = row < CONV_DIM ? y * gate : row < CONV_DIM + VALUE_DIM ? t.x * (y * gate) : gate;
+            } else {
+                float x = y + t.x;
+                y = t.y * softplus(x);
+            }
+            arguments->projected[(long long)n * PROJECTED_STRIDE + row] = y;
+        });
+    }
+};
+
+// Asks for the conv windows that this block's LinearProjection will want: they are in memory, and a product is short.
+__device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
+    constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
+    if (layer >= LAYERS || is_full(layer)) return;
+    int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
+#pragma unroll 1
+    for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
+        if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));
+}
+
+struct FullProjection : NormedFinish {
+    template <class Sum>
+    __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, row = first + local;
+            if (local < count && row < PROJECTED_FULL && n < arguments->rows)
+                arguments->projected[(long long)n * PROJECTED_STRIDE + row] = __fmul_rn(sum(i), inverse[n]);
+        });
+    }
+};
+
+constexpr int RESIDUAL_PAIRS = (RESIDUAL_ROWS + 15) / 16;
+
+// Adds a projection's rows to the residual stream, of which a block keeps the same rows in every layer, and leaves the
+// input of the next product: residual * norm weight in 16 bits, and the block's sum of squares.
+struct ResidualUpdate : Finish {
+    const float* weight;  // of the norm that comes next
+    float (*residual)[BATCH_COLUMNS];  // shared: [own row][row of the batch]
+    float (*squares)[BATCH_COLUMNS];   // shared: [pair of own groups][row of the batch]
+
+    template <class Sum>
+    __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
+        int own = first - 8 * first_group(HIDDEN / 8, consumer->block), local = ResidualPlace::row(*consumer);
+        bool valid = local < count;
+        float scale = valid ? load_constant(weight + first + local) : 0.0f;
+        each_element<ResidualPlace>(*consumer, [&](int i, int, int column) {
+            int n = pass * PASS_COLUMNS + column;
+            float x = 0;
+            if (valid) {
+                x = residual[own + local][n] += sum(i);
+                *operand_place<HIDDEN>(arguments->input, n, first + local) = to_16_bit(x * scale);
+            }
+            x = __fmul_rn(x, x);
+#pragma unroll
+            for (int offset = 1; offset < 16; offset *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+            if (local) return;
+            if (RESIDUAL_PAIRS == 1)
+                arguments->squares[n * BLOCKS + consumer->block] = x;
+            else
+                squares[own / 16][n] = x;
+        });
+    }
+    __device__ __forceinline__ void end(int pass) {
+        if (RESIDUAL_PAIRS == 1) return;
+        consumer_barrier();
+        int n = pass * PASS_COLUMNS + consumer->thread, first = first_group(HIDDEN / 8, consumer->block), groups = first_group(HIDDEN / 8, consumer->block + 1) - first;
+        if (consumer->thread >= PASS_COLUMNS) return;
+        float sum = 0;
+#pragma unroll 1
+        for (int i = 0; i < (groups + 1) / 2; ++i) sum += squares[i][n];
+        arguments->squares[n * BLOCKS + consumer->block] = sum;
+    }
+};
+
+// silu(gate) * up: of each 8 rows, 4 are of gate_proj and 4 the same of up_proj.
+struct Activation : NormedFinish {
+    template <class Sum>
+    __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, channel = first / 2 + local / 8 * 4 + local % 4;
+            float y = __fmul_rn(sum(i), inverse[n]), up = __shfl_down_sync(0xFFFFFFFFu, y, NormedPlace::UP);
+            if (local % 8 < 4 && local < count) *operand_place<INTERMEDIATE>(arguments->activated, n, channel) = to_16_bit(y * quick_sigmoid(y) * up);
+        });
+    }
+};
+
+// The LM head: this thread's best token for each of its rows of the batch, and the scores of rows that are sampled.
+struct TokenScores : NormedFinish {
+    Candidate best[NormedPlace::COLUMNS];
+
+    __device__ __forceinline__ void begin(int pass) {
+        NormedFinish::begin(pass);
+#pragma unroll
+        for (int i = 0; i < NormedPlace::COLUMNS; ++i) best[i] = {0, 0xFFFFFu};
+    }
+    template <class Sum>
+    __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
+        each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
+            int n = pass * PASS_COLUMNS + column, row = first + local;
+            float logit = __fmul_rn(sum(i), inverse[n]);
+            u32 key = ordered(logit);
+            if (local >= count || row >= VOCAB) return;
+            if (rows->kind[n] == ROW_SAMPLED) {
+                const BatchRow& r = arguments->row_table[n];
+                if (r.logits) r.logits[row] = logit;
+                if (row < VOCABULARY_SIZE) key = score_row(r.sampling, logit, row);
+            }
+            if (row < VOCABULARY_SIZE) best[i / NormedPlace::ROWS].offer(key, row);
+        });
+    }
+    __device__ __forceinline__ void end(int pass) {
+#pragma unroll
+        for (int i = 0; i < NormedPlace::COLUMNS; ++i) {
+            Candidate b = best[i];
+#pragma unroll
+            for (int offset = NormedPlace::FIRST_ROW_BIT; offset <= NormedPlace::LAST_ROW_BIT; offset *= 2)
+                b.offer(__shfl_xor_sync(0xFFFFFFFFu, b.key, offset), __shfl_xor_sync(0xFFFFFFFFu, b.id, offset));
+            int n = pass * PASS_COLUMNS + NormedPlace::column(*consumer, i), place = NormedPlace::candidate(*consumer);
+            if ((consumer->lane & (2 * NormedPlace::LAST_ROW_BIT - NormedPlace::FIRST_ROW_BIT)) == 0)
+                store_relaxed64(arguments->candidates + (n * NormedPlace::CANDIDATES + place) * BLOCKS + consumer->block, (u64)b.key << 32 | (0xFFFFFFFFu - b.id));
+        }
+    }
+};

@@ -77,6 +77,8 @@ class BatchDecoder:
         gpu.make_current()
         self.layouts = layouts_for(decoder.layout, [bucket for bucket in buckets if bucket <= bucket_of(slots)])
         self.slots = slots = min(slots, max(self.layouts))
+        from cuda.core import Program  # noqa: F401  (now: its first import must not be by several threads at once)
+
         sources = {bucket: batch_source(layout) for bucket, layout in self.layouts.items()}
         with ThreadPoolExecutor(len(sources)) as compilers:
             list(compilers.map(lambda source: compile_cached(source, gpu.arch, "batch"), sources.values()))
@@ -140,6 +142,7 @@ class BatchDecoder:
                 if name in self.scratch:
                     self.scratch[name].free()
                 self.scratch[name] = DeviceBuffer(size)
+                self.scratch[name].clear()  # columns without a row are multiplied as well, for nothing
 
     def _held(self, name: str) -> int:
         return self.scratch[name].nbytes if name in self.scratch else 0

@@ -30,7 +30,7 @@ ROOMY = 200 << 10  # bytes of shared memory: chips with more also let warps give
 LEAST_SPLIT, MOST_SPLITS = 32, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
 SHARING = 4  # blocks that deal the columns of some products (batch/gemm_split.cuh)
 HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
-ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, first_item
+ROW_BYTES = 8 + 5 * 4 + 2 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, first_item
 
 
 def bucket_of(rows: int) -> int:
@@ -54,6 +54,7 @@ class BatchLayout:
     column_groups: int
     ring_stages: int
     layer_stages_in_flight: int = 2
+    state_stages_in_flight: int = 4
     head_stages_in_flight: int = 3
 
     @classmethod
@@ -88,6 +89,7 @@ class BatchLayout:
             "RING_STAGES": self.ring_stages,
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
+            "STATE_STAGES_IN_FLIGHT": min(self.state_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
             "COLUMN_GROUPS": self.column_groups,
             "PASSES": self.columns // (8 * self.column_groups),
@@ -107,7 +109,7 @@ class BatchLayout:
         projected = -(-max(projected_linear(s), projected_full(s)) // 4) * 4
         return {
             "input": 2 * n * s.hidden,
-            "squares": 4 * n * self.decode.blocks,
+            "squares": 4 * n * (-(-self.decode.blocks // 4) * 4),
             "projected": 4 * n * projected,
             "mixed": 2 * n * max(s.value_dim, s.query_dim),
             "activated": 2 * n * s.intermediate,
@@ -172,7 +174,7 @@ class BatchArguments(ctypes.Structure):
         ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
         ("const BatchRow*", "row_table"),  # [rows]
         ("unsigned char*", "input"),  # [columns, HIDDEN], 16 bit, as operand_place says
-        ("float*", "squares"),  # [columns, BLOCKS]: sums of squares of the residual stream
+        ("float*", "squares"),  # [columns, BLOCKS rounded up to 4]: sums of squares of the residual stream
         ("float*", "projected"),  # [columns, PROJECTED_STRIDE]
         ("unsigned char*", "mixed"),  # [columns, VALUE_DIM or QUERY_DIM], as operand_place says
         ("unsigned char*", "activated"),  # [columns, INTERMEDIATE], as operand_place says

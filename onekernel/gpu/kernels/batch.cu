@@ -110,21 +110,41 @@ struct Producer {
             }
     }
 
-    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes, int pieces) {
-        if (finished) return;
-        while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
-            if (__any_sync(0xFFFFFFFFu, shared->finished)) {
-                finished = true;
-                return;
+    // Streams the states of this block's items in one layer.
+    __device__ __forceinline__ void states(const BatchArguments& a, int layer, int parity) {
+        const Rows& rows = shared->rows;
+        int item = blockIdx.x;
+#pragma unroll 1
+        while ((item = next_item(a, rows, parity, item)) < a.rows * VALUE_HEADS) {
+            const u8* from = (const u8*)head_state(rows, layer, item);
+#pragma unroll 1
+            for (int s = 0; s < STATE_STAGES; ++s, from += STAGE_BYTES) {
+                await_slot(STATE_STAGES_IN_FLIGHT);
+                if (finished) return;
+                fill_state_stage(ring, next, from);
+                next.advance();
             }
-            watchdog.check();
+            item += BLOCKS;
         }
-        watchdog.spins = 0;
+    }
+
+    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes, int pieces) {
+        await_slot(in_flight);
+        if (finished) return;
         if (SPLITS_PRODUCTS)
             fill_pieces(ring, next, from, bytes, pieces);
         else
             fill_stage(ring, next, from, bytes);
         next.advance();
+    }
+
+    __device__ __forceinline__ void await_slot(u32 in_flight) {
+        while (!finished && (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight))) pause();
+        watchdog.spins = 0;
+    }
+    __device__ __forceinline__ void pause() {
+        finished = __any_sync(0xFFFFFFFFu, shared->finished);
+        watchdog.check();
     }
 };
 
@@ -141,6 +161,7 @@ __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared,
             int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
             int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
             p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
+            if (which == 0 && !full) p.states(a, layer, step % 2);
         }
     }
     finish_filling(ring, p.next);
@@ -178,9 +199,10 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
             squares = fmaf(x[j], x[j], squares);
             x[j] *= load_constant(scale + 8 * group + j);
         }
-        *(uint4*)operand_place<HIDDEN>(a.input, n, 8 * group) = pack8(x);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) *(u32*)operand_place<HIDDEN>(a.input, n, 8 * group + j) = pack2(x[j], x[j + 1]);
     }
-    a.squares[n * BLOCKS + c.block] = squares;
+    a.squares[n * SQUARES_STRIDE + c.block] = squares;
 }
 
 constexpr int MOST_WIDTH = INTERMEDIATE > MIXED_COLUMNS ? INTERMEDIATE : MIXED_COLUMNS;
@@ -193,7 +215,7 @@ __device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& 
         gemm<ResidualPlace, HIDDEN, MOST_WIDTH>(c, (Sums*)shared.sums, input, width, update);
 }
 
-__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer) {
+__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer, int parity) {
     Finish base{&c, &a, &shared.rows, shared.inverse};
     bool full = is_full(layer);
     c.enter(PHASE_INPUT, layer);
@@ -210,14 +232,9 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     } else {
         LinearProjection finish{{base}, linear_layer(a, layer), layer};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
-        HeadState state = {};  // these do not depend on this step: on their way across the barrier
-        NextState next = {};
-        barrier.arrive(c);
-        load_state(c, a, shared.rows, layer, c.block, state);
-        load_state(c, a, shared.rows, layer, c.block + BLOCKS, next);
-        barrier.wait(c);
+        barrier.meet(c);
         c.enter(PHASE_DELTA_RULE, layer);
-        delta_rules(c, a, shared.rows, barrier, layer, state, next, shared.head_squares);
+        delta_rules(c, a, shared.rows, barrier, layer, parity, shared.head_squares);
     }
     // The mixer's projection, then the MLP's two: one piece of code for what is alike.
     const float* norm = layer_parameters(a.parameters, layer) + HIDDEN;
@@ -363,7 +380,9 @@ __device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments&
         shared.rows.token[n] = token;
         ++shared.rows.position[n];
         if (last) shared.rows.kind[n] = ROW_IDLE;
-        alive = !last;
+        shared.rows.streamed[step % 2][n] = alive = !last;
+    } else if (n < a.rows) {
+        shared.rows.streamed[step % 2][n] = false;
     }
     return any_thread(c, shared, alive) && !stop;
 }
@@ -371,19 +390,6 @@ __device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments&
 __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared, Ring ring) {
     Consumer c{ring, {0, 0, 0}, 0, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.locate();
-    if (c.thread < BATCH_COLUMNS) {
-        shared.rows.kind[c.thread] = ROW_IDLE;
-        if (c.thread < a.rows) {
-            const BatchRow& r = a.row_table[c.thread];
-            shared.rows.state[c.thread] = r.state;
-            shared.rows.max_context[c.thread] = r.max_context;
-            shared.rows.token[c.thread] = r.token;
-            shared.rows.position[c.thread] = r.position;
-            shared.rows.made[c.thread] = 0;
-            shared.rows.kind[c.thread] = r.sampling.active ? ROW_SAMPLED : ROW_PLAIN;
-        }
-    }
-    consumer_barrier();
     u32 passes = 0, meetings = 0;
     GridBarrier barrier{a, 0, &shared.passed};
 #pragma unroll 1
@@ -399,8 +405,9 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
                 if (c.thread == 0) shared.finished = 1;
                 return;
             }
-            step_layer(c, a, shared, barrier, meetings, layer);
+            step_layer(c, a, shared, barrier, meetings, layer, step % 2);
         }
+        fence_async();  // the next step's states are fetched by bulk copies
         c.enter(PHASE_TOKEN, LAYERS);
         if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));
         TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
@@ -413,6 +420,22 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
     if (c.thread == 0) shared.finished = 1;
 }
 
+// By all threads of the block, ahead of its first barrier.
+__device__ __forceinline__ void begin_rows(const BatchArguments& a, Rows& rows) {
+    int n = threadIdx.x;
+    if (n >= BATCH_COLUMNS) return;
+    rows.kind[n] = ROW_IDLE;
+    rows.streamed[0][n] = rows.streamed[1][n] = n < a.rows;
+    if (n >= a.rows) return;
+    const BatchRow& r = a.row_table[n];
+    rows.state[n] = r.state;
+    rows.max_context[n] = r.max_context;
+    rows.token[n] = r.token;
+    rows.position[n] = r.position;
+    rows.made[n] = 0;
+    rows.kind[n] = r.sampling.active ? ROW_SAMPLED : ROW_PLAIN;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_constant__ BatchArguments a) {
     extern __shared__ __align__(128) u8 memory[];
     Shared& shared = *(Shared*)memory;
@@ -422,6 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_cons
         for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
         shared.landed = shared.total = shared.finished = 0;
     }
+    begin_rows(a, shared.rows);
     __syncthreads();
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {
         give_registers();

@@ -4,16 +4,41 @@
 
 #include "batch/gemm.cuh"
 
-// 1 / rms of each row's residual stream, from the sums of squares that the blocks left. Ready behind the next barrier.
-__device__ __forceinline__ void find_inverse_rms(const Consumer& c, const BatchArguments& a, float* inverse) {
-#pragma unroll 1
-    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
-        float total = 0;
-#pragma unroll 4
-        for (int block = c.lane; block < BLOCKS; block += 32) total += load_l2_float(a.squares + n * BLOCKS + block);
-        total = warp_sum(total);
-        if (c.lane == 0) inverse[n] = rsqrtf(total / HIDDEN + NORM_EPS);
+// 1 / rms of each row's residual stream in a pass, from the sums of squares that the blocks left. Ready behind the next
+// barrier. Four blocks' make a word, every eighth word a part, and eight parts the sum: the same order whether 8 or 4
+// threads take a row. All loads are on their way at once.
+__device__ __forceinline__ void find_inverse_rms(const Consumer& c, const BatchArguments& a, float* inverse, int pass) {
+    constexpr int PARTS = 8, TOGETHER = PASS_COLUMNS <= 32 ? PARTS : 4;  // threads a row
+    constexpr int WORDS = SQUARES_STRIDE / 4, EACH = (WORDS + PARTS - 1) / PARTS;
+    static_assert(TOGETHER * PASS_COLUMNS <= CONSUMER_WARPS * 32, "a thread has one row");
+    int own = c.thread / TOGETHER, n = pass * PASS_COLUMNS + own, part = c.thread % TOGETHER;
+    bool wanted = own < PASS_COLUMNS && n < a.rows;
+    const float* row = a.squares + (wanted ? n : 0) * SQUARES_STRIDE;
+    float4 v[PARTS / TOGETHER][EACH];
+#pragma unroll
+    for (int p = 0; p < PARTS / TOGETHER; ++p)
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            int word = part + p * TOGETHER + i * PARTS;
+            v[p][i] = make_float4(0, 0, 0, 0);
+            load_l2_if(v[p][i], row + 4 * word, wanted && word < WORDS);
+            if (BLOCKS % 4 && word == WORDS - 1) {
+                v[p][i].w = 0;
+                if (BLOCKS % 4 < 3) v[p][i].z = 0;
+                if (BLOCKS % 4 < 2) v[p][i].y = 0;
+            }
+        }
+    float total = 0;
+#pragma unroll
+    for (int p = 0; p < PARTS / TOGETHER; ++p) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sum += (v[p][i].x + v[p][i].y) + (v[p][i].z + v[p][i].w);
+        total = p ? total + sum : sum;
     }
+#pragma unroll
+    for (int offset = TOGETHER / 2; offset; offset /= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, offset);
+    if (wanted && part == 0) inverse[n] = rsqrtf(total / HIDDEN + NORM_EPS);
 }
 
 struct Finish {
@@ -30,7 +55,7 @@ struct Finish {
 // Of a product whose input is the residual stream, times the weights of the norm and in 16 bits.
 struct NormedFinish : Finish {
     __device__ __forceinline__ void begin(int pass) {
-        if (pass == 0) find_inverse_rms(*consumer, *arguments, inverse);
+        find_inverse_rms(*consumer, *arguments, inverse, pass);
     }
 };
 
@@ -136,7 +161,7 @@ struct ResidualUpdate : Finish {
             for (int offset = 1; offset < 16; offset *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
             if (local) return;
             if (RESIDUAL_PAIRS == 1)
-                arguments->squares[n * BLOCKS + consumer->block] = x;
+                arguments->squares[n * SQUARES_STRIDE + consumer->block] = x;
             else
                 squares[own / 16][n] = x;
         });
@@ -149,7 +174,7 @@ struct ResidualUpdate : Finish {
         float sum = 0;
 #pragma unroll 1
         for (int i = 0; i < (groups + 1) / 2; ++i) sum += squares[i][n];
-        arguments->squares[n * BLOCKS + consumer->block] = sum;
+        arguments->squares[n * SQUARES_STRIDE + consumer->block] = sum;
     }
 };
 

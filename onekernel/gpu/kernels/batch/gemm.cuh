@@ -20,12 +20,21 @@ __device__ __forceinline__ float sum_of_slices(Slice slice) {
 }
 
 // 16 rows of the batch (or 8 and nothing) as the 16 rows of tensor-core products with a tile of 32 columns of weights, the
-// two halves of its columns apart. So what is loaded stands in registers as the instruction wants it: the input is put in
-// order once for all rows of weights, and these come straight from the ring.
+// two halves of its columns apart (see operand_place). What is loaded stands in registers as the instruction wants it.
 using SixteenColumns = u32[2][4];
-__device__ __forceinline__ void put_columns(SixteenColumns& x, uint4 low, uint4 high) {
-    x[0][0] = low.x, x[0][1] = high.x, x[0][2] = low.y, x[0][3] = high.y;
-    x[1][0] = low.z, x[1][1] = high.z, x[1][2] = low.w, x[1][3] = high.w;
+// `high`: the second eight of the rows come first.
+__device__ __forceinline__ void load_columns(SixteenColumns& x, const u8* tile, bool high = false) {
+    if (EIGHT_ROWS) {
+        uint4 v = load_l2(tile);
+        x[0][0] = v.x, x[0][2] = v.y, x[1][0] = v.z, x[1][2] = v.w;
+        x[0][1] = x[0][3] = x[1][1] = x[1][3] = 0;
+        return;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        uint4 v = load_l2(tile + half * (OPERAND_TILE / 2));
+        x[half][0] = high ? v.y : v.x, x[half][1] = high ? v.x : v.y, x[half][2] = high ? v.w : v.z, x[half][3] = high ? v.z : v.w;
+    }
 }
 constexpr int SIXTEENS = (COLUMN_GROUPS + 1) / 2;  // of columns, in a pass
 
@@ -35,11 +44,13 @@ struct Operand {
     static constexpr bool IN_REGISTERS = MOST * 2 * SIXTEENS <= MOST_OPERANDS;
     static constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
     const u8* source;
-    long long group_bytes;  // from 8 rows of the batch to the next
+    long long group_bytes;  // from 16 rows of the batch to the next
+    bool high;              // a pass of 8 rows of the batch: the second of the 16
     SixteenColumns words[HELD][SIXTEENS];
 
     __device__ __forceinline__ Operand(const Consumer& c, const u8* input, int pass, int tiles)
-        : source(input + ((long long)pass * COLUMN_GROUPS * CONSUMER_WARPS + c.warp) * tiles * 512 + c.lane * 16), group_bytes(CONSUMER_WARPS * tiles * 512) {
+        : source(input + ((long long)(pass * COLUMN_GROUPS / 2) * CONSUMER_WARPS + c.warp) * tiles * OPERAND_TILE + c.lane * 16),
+          group_bytes(CONSUMER_WARPS * tiles * OPERAND_TILE), high(COLUMN_GROUPS == 1 && pass % 2) {
         if (IN_REGISTERS) load(0, tiles);
     }
     __device__ __forceinline__ void load(int first, int count) {
@@ -47,10 +58,8 @@ struct Operand {
         for (int i = 0; i < HELD; ++i)
 #pragma unroll
             for (int g = 0; g < SIXTEENS; ++g)
-                if (COLUMN_GROUPS > 1 || i < count) {  // many: a branch costs registers, so the last tile is loaded again
-                    const u8* at = source + 2 * g * group_bytes + (first + min(i, count - 1)) * 512;
-                    put_columns(words[i][g], load_l2(at), COLUMN_GROUPS > 1 ? load_l2(at + group_bytes) : make_uint4(0, 0, 0, 0));
-                }
+                if (COLUMN_GROUPS > 1 || i < count)  // many: a branch costs registers, so the last tile is loaded again
+                    load_columns(words[i][g], source + g * group_bytes + (first + min(i, count - 1)) * OPERAND_TILE, PASSES > 1 && high);
     }
 };
 
@@ -232,20 +241,17 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + Place::column_warp(c) * 2) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS / 2 + Place::column_warp(c)) * (WIDTH / 32) + half * HALF_SLICES * TILES) * OPERAND_TILE + c.lane * 16;
         SixteenColumns x[HELD][HALF_SLICES];
         auto load = [&](int held, int tile) {
 #pragma unroll
-            for (int slice = 0; slice < HALF_SLICES; ++slice) {
-                const u8* at = source + (slice * TILES + tile) * 512;
-                put_columns(x[held][slice], load_l2(at), load_l2(at + (WIDTH / 32) * 512));
-            }
+            for (int slice = 0; slice < HALF_SLICES; ++slice) load_columns(x[held][slice], source + (slice * TILES + tile) * OPERAND_TILE);
         };
         if (IN_REGISTERS)
 #pragma unroll
             for (int i = 0; i < HELD; ++i) load(i, i);
         finish.begin(pass);
-        if (pass == 0) consumer_barrier();  // what begin left for all warps is there
+        consumer_barrier();  // what begin left for all warps is there
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
             int rows = min(2, end - group) * 8;

@@ -85,14 +85,11 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + column_group) * CONSUMER_WARPS + slice) * tiles * 512 + c.lane * 16;
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + column_group) / 2 * CONSUMER_WARPS + slice) * tiles * OPERAND_TILE + c.lane * 16;
         SixteenColumns x[HELD];
         auto load = [&](int first, int count) {
 #pragma unroll
-            for (int i = 0; i < HELD; ++i) {
-                const u8* at = source + (first + min(i, count - 1)) * 512;
-                put_columns(x[i], load_l2(at), load_l2(at + (long long)CONSUMER_WARPS * tiles * 512));
-            }
+            for (int i = 0; i < HELD; ++i) load_columns(x[i], source + (first + min(i, count - 1)) * OPERAND_TILE);
         };
         if (IN_REGISTERS) load(0, tiles);
 #pragma unroll 1

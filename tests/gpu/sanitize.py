@@ -66,8 +66,8 @@ if plan is not None:  # few tokens, then many behind them
     prefiller.close()
 if sys.argv[3] != "racecheck":  # what reads its report knows the rings of one kernel
     batch = BatchDecoder(decoder, 8, buckets=(8,))
-    rows = [Row(decoder.new_state(), [5 + i], Sampler(params, shape.vocab), count, frozenset()) for i, params in enumerate(
-        (SamplingParams(), SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=1, logprobs=2), SamplingParams()))]
+    drawn = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=1, logprobs=2)
+    rows = [Row(decoder.new_state(), [5], Sampler(params, shape.vocab), count) for params in (drawn, SamplingParams())]
     for step in batch.run(rows, count):
         pass
     batch.close()

@@ -222,7 +222,9 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     if (full) {
         FullProjection finish{{base}};
         gemm_normed<PROJECTED_FULL>(c, (Sums*)shared.sums, a.input, finish);
-        barrier.meet(c);
+        barrier.arrive(c);
+        prefetch_cache(c, a, shared.rows, shared.first_item, layer);
+        barrier.wait(c);
         c.enter(PHASE_ATTENTION, layer);
         attend_rows(c, a, shared.rows, shared.first_item, shared.attention, layer);
         barrier.meet(c);

@@ -209,11 +209,11 @@ __device__ __forceinline__ void count_items(const Consumer& c, const BatchArgume
     if (c.lane == 0) first_item[a.rows] = total;
 }
 
-__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, WarpAttention* shared, int layer) {
-    int items = first_item[a.rows];
-#pragma unroll 1
-    for (int item = c.block + BLOCKS * c.warp; item < items; item += WARPS) {
-        int n = 0, end = a.rows;  // the last row that begins here or before
+struct AttentionItem {
+    int n, kv_head, split;
+
+    __device__ __forceinline__ AttentionItem(const BatchArguments& a, const int* first_item, int item) : n(0) {
+        int end = a.rows;  // the last row that begins here or before
 #pragma unroll 1
         while (end - n > 1) {
             int middle = (n + end) / 2;
@@ -221,7 +221,28 @@ __device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a
             else end = middle;
         }
         int count = (first_item[n + 1] - first_item[n]) / KV_HEADS, own = item - first_item[n];
-        attend_split(c, a, rows, shared[c.warp], layer, n, own / count, own % count);
+        kv_head = own / count, split = own % count;
+    }
+};
+
+// Asks for the keys and values of each warp's first item: they do not depend on this step, and can come ahead of the barrier.
+__device__ __forceinline__ void prefetch_cache(const Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, int layer) {
+    int item = c.block + BLOCKS * c.warp;
+    if (item >= first_item[a.rows]) return;
+    AttentionItem own(a, first_item, item);
+    int position = rows.position[own.n], max_context = rows.max_context[own.n], length = batch_splits(position).length, begin = own.split * length;
+    int lines = min(min(length, LEAST_BATCH_SPLIT), position - begin) * (HEAD_DIM / 64);
+    const u16* keys = keys_of(rows.state[own.n], layer, max_context) + ((long long)own.kv_head * max_context + begin) * HEAD_DIM;
+#pragma unroll 1
+    for (int i = c.lane; i < lines; i += 32) prefetch_l2(keys + 64 * i), prefetch_l2(keys + (long long)KV_DIM * max_context + 64 * i);
+}
+
+__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, WarpAttention* shared, int layer) {
+    int items = first_item[a.rows];
+#pragma unroll 1
+    for (int item = c.block + BLOCKS * c.warp; item < items; item += WARPS) {
+        AttentionItem own(a, first_item, item);
+        attend_split(c, a, rows, shared[c.warp], layer, own.n, own.kv_head, own.split);
     }
 }
 

@@ -1,18 +1,20 @@
 // Products with few rows of weights (those back to the residual stream) for many rows of the batch: four blocks share
 // their rows and deal the columns of the weights, so that each reads a quarter of the input and not all of it.
 //
-// Two of the eight slices of columns fall to a block; of its warps, four take each slice, a quarter of the pass's columns
-// each. The sums of the slices meet in global memory, and each block adds up those of its own rows, in the order in which
+// Two of the eight slices of columns fall to a block; of its warps, four take each slice: 16 of 64 columns of the pass
+// each, or 16 of 32 and half of the rows. The sums of the slices meet in global memory, and each block adds up those of its own rows, in the order in which
 // gemm adds them: the bits are the same.
 #pragma once
 
 #include "batch/finish.cuh"
 
 constexpr int SHARING = 4;  // blocks
-constexpr bool SPLITS_PRODUCTS = COLUMN_GROUPS == 8 && BLOCKS % SHARING == 0 && LIMITS_FLIGHT;
+constexpr bool SPLITS_PRODUCTS = COLUMN_GROUPS >= 4 && BLOCKS % SHARING == 0 && LIMITS_FLIGHT;
 constexpr int SHARED_ROWS = 8 * ((SHARING * (HIDDEN / 8) + BLOCKS - 1) / BLOCKS);  // of four blocks, at most
-constexpr int WARP_GROUPS = 2;                                                      // groups of columns of a warp
 constexpr int SHARING_WARPS = 2;                                                    // slices of a block
+constexpr int SHARING_COLUMNS = COLUMN_GROUPS >= 8 ? 4 : 2;                         // warps that deal the pass's columns
+constexpr int WARP_ROWS = SHARING_COLUMNS;                                          // row groups that a warp multiplies
+static_assert(!SPLITS_PRODUCTS || COLUMN_GROUPS <= 8, "16 columns a warp");
 
 struct SharedRows {
     int first, end;  // row groups of the four blocks
@@ -52,17 +54,17 @@ __device__ __forceinline__ void fill_pieces(Ring& ring, RingPosition at, const u
 
 // ---- consumers ----
 
-// `count` tiles of this warp's slice, of up to four row groups, times tiles `first` and up of its operand.
+// `count` tiles of this warp's slice, of WARP_ROWS row groups from `from` on, times tiles `first` and up of its operand.
 template <int HELD>
-__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[4][4], const SixteenColumns (&x)[HELD], int first, int count, int groups, const Residence& residence) {
+__device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[WARP_ROWS][4], const SixteenColumns (&x)[HELD], int first, int count, int from, int groups, const Residence& residence) {
     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
     const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp % SHARING_WARPS * count * 32 + c.lane;
 #pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) {
         if (i >= count) break;
 #pragma unroll
-        for (int g = 0; g < 4; ++g) {
-            uint4 w = source[min(g, groups - 1) * SHARING_WARPS * count * 32 + i * 32];  // what is not there is not stored
+        for (int g = 0; g < WARP_ROWS; ++g) {
+            uint4 w = source[min(from + g, groups - 1) * SHARING_WARPS * count * 32 + i * 32];  // what is not there is not stored
             const SixteenColumns& columns = x[min(first + i, HELD - 1)];
             multiply16(acc[g], columns[0], w.x, w.y);
             multiply16(acc[g], columns[1], w.z, w.w);
@@ -80,7 +82,8 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
     int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
     SharedRows rows(c.block);
-    int slice = c.block % SHARING * SHARING_WARPS + c.warp % SHARING_WARPS, column_group = c.warp / SHARING_WARPS * WARP_GROUPS;
+    int slice = c.block % SHARING * SHARING_WARPS + c.warp % SHARING_WARPS, column_group = c.warp / SHARING_WARPS % SHARING_COLUMNS * 2;
+    int from = c.warp / (SHARING_WARPS * SHARING_COLUMNS) * WARP_ROWS;
     Residence residence(c, stages_of(rows.quads(), tiles));
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
@@ -95,23 +98,23 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
 #pragma unroll 1
         for (int group = rows.first; group < rows.end; group += 4) {
             int groups = min(4, rows.end - group);
-            float acc[4][4] = {};
+            float acc[WARP_ROWS][4] = {};
             if constexpr (IN_REGISTERS) {
 #pragma unroll
                 for (int at = 0; at < MOST; at += TILES_PER_STAGE)
-                    if (at < tiles) multiply_shared_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), groups, residence);
+                    if (at < tiles) multiply_shared_stage(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), from, groups, residence);
             } else {
 #pragma unroll 1
                 for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                     int count = min(TILES_PER_STAGE, tiles - at);
                     load(at, count);
-                    multiply_shared_stage(c, acc, x, 0, count, groups, residence);
+                    multiply_shared_stage(c, acc, x, 0, count, from, groups, residence);
                 }
             }
-            float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane / 4) * SHARED_ROWS + 8 * (group - rows.first) + c.lane % 4 * 2;
+            float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane / 4) * SHARED_ROWS + 8 * (group - rows.first + from) + c.lane % 4 * 2;
 #pragma unroll
-            for (int g = 0; g < 4; ++g) {
-                if (g >= groups) break;
+            for (int g = 0; g < WARP_ROWS; ++g) {
+                if (from + g >= groups) break;
                 *(float2*)(to + 8 * g) = make_float2(acc[g][0], acc[g][1]);
                 *(float2*)(to + 8 * SHARED_ROWS + 8 * g) = make_float2(acc[g][2], acc[g][3]);
             }

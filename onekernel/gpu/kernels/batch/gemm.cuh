@@ -24,16 +24,16 @@ __device__ __forceinline__ float sum_of_slices(Slice slice) {
 using SixteenColumns = u32[2][4];
 // `high`: the second eight of the rows come first.
 __device__ __forceinline__ void load_columns(SixteenColumns& x, const u8* tile, bool high = false) {
-    if (EIGHT_ROWS) {
+    if constexpr (EIGHT_ROWS) {
         uint4 v = load_l2(tile);
         x[0][0] = v.x, x[0][2] = v.y, x[1][0] = v.z, x[1][2] = v.w;
         x[0][1] = x[0][3] = x[1][1] = x[1][3] = 0;
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        uint4 v = load_l2(tile + half * (OPERAND_TILE / 2));
-        x[half][0] = high ? v.y : v.x, x[half][1] = high ? v.x : v.y, x[half][2] = high ? v.w : v.z, x[half][3] = high ? v.z : v.w;
+        for (int half = 0; half < 2; ++half) {
+            uint4 v = load_l2(tile + half * (OPERAND_TILE / 2));
+            x[half][0] = high ? v.y : v.x, x[half][1] = high ? v.x : v.y, x[half][2] = high ? v.w : v.z, x[half][3] = high ? v.z : v.w;
+        }
     }
 }
 constexpr int SIXTEENS = (COLUMN_GROUPS + 1) / 2;  // of columns, in a pass

@@ -401,8 +401,10 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         prefetch_windows(c, a, shared.rows, 0);
         if (c.warp == 0) count_items(c, a, shared.rows, shared.first_item);
         barrier.meet(c);
+        u32 cancel = 0;
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; ++layer) {
+            if (layer == LAYERS - 1 && c.block == 0 && c.thread == 0) cancel = load_host(a.cancel);  // it takes microseconds
             if (DEAD_BLOCK >= 0 && c.block == DEAD_BLOCK && layer == DEAD_LAYER) {  // a planted failure, see layout.py
                 if (c.thread == 0) shared.finished = 1;
                 return;
@@ -411,7 +413,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         }
         fence_async();  // the next step's states are fetched by bulk copies
         c.enter(PHASE_TOKEN, LAYERS);
-        if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));
+        if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, cancel);
         TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
         gemm_normed<VOCAB>(c, (Sums*)shared.sums, a.input, finish);
         if (a.logprobs) publish_all_logprobs(c, a, shared);

@@ -22,7 +22,7 @@ __device__ __forceinline__ float sum_of_slices(Slice slice) {
 // 16 rows of the batch (or 8 and nothing) as the 16 rows of tensor-core products with a tile of 32 columns of weights, the
 // two halves of its columns apart (see operand_place). What is loaded stands in registers as the instruction wants it.
 using SixteenColumns = u32[2][4];
-// `high`: the second eight of the rows come first.
+// A pass of eight rows takes the first or the second (`high`) of the 16, and nothing.
 __device__ __forceinline__ void load_columns(SixteenColumns& x, const u8* tile, bool high = false) {
     if constexpr (EIGHT_ROWS) {
         uint4 v = load_l2(tile);
@@ -32,7 +32,8 @@ __device__ __forceinline__ void load_columns(SixteenColumns& x, const u8* tile, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint4 v = load_l2(tile + half * (OPERAND_TILE / 2));
-            x[half][0] = high ? v.y : v.x, x[half][1] = high ? v.x : v.y, x[half][2] = high ? v.w : v.z, x[half][3] = high ? v.z : v.w;
+            x[half][0] = high ? v.y : v.x, x[half][1] = COLUMN_GROUPS > 1 ? v.y : 0;
+            x[half][2] = high ? v.w : v.z, x[half][3] = COLUMN_GROUPS > 1 ? v.w : 0;
         }
     }
 }
@@ -83,23 +84,35 @@ struct Residence {
     }
 };
 
-// A stage of one row group, `count` tiles of this warp, times tiles `first` and up of the operand.
-template <int MOST>
-__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[SIXTEENS][4], const Operand<MOST>& x, int first, int count, const Residence& residence) {
-    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
+// A stage of each of up to N row groups, `count` tiles of this warp, times tiles `first` and up of the operand. The groups'
+// products take turns: one waits for the one before it of the same group, and for no other.
+template <int N, int MOST>
+__device__ __forceinline__ void multiply_stages(Consumer& c, float (&acc)[N][SIXTEENS][4], const Operand<MOST>& x, int first, int count, int groups, const Residence& residence) {
+    const uint4* source[N];
+#pragma unroll
+    for (int g = 0; g < N; ++g) {
+        source[g] = source[0];  // what is not there is multiplied for nothing
+        if (g && g >= groups) continue;
+        if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+        source[g] = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
+        c.next.advance();
+    }
 #pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) {
         if (i >= count) break;
-        uint4 w = source[i * 32];
+        uint4 w[N];
 #pragma unroll
-        for (int g = 0; g < SIXTEENS; ++g) {
-            const SixteenColumns& columns = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
-            multiply16(acc[g], columns[0], w.x, w.y);
-            multiply16(acc[g], columns[1], w.z, w.w);
-        }
+        for (int g = 0; g < N; ++g) w[g] = source[g][i * 32];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int g = 0; g < N; ++g)
+#pragma unroll
+                for (int k = 0; k < SIXTEENS; ++k) {
+                    const SixteenColumns& columns = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][k];
+                    multiply16(acc[g][k], columns[half], half ? w[g].z : w[g].x, half ? w[g].w : w[g].y);
+                }
     }
-    c.next.advance();
     residence.release(c);
 }
 
@@ -164,6 +177,8 @@ using Sums = float[CONSUMER_WARPS][MOST_PAIRS_AT_ONCE * PAIR_SUMS];
 template <class Place, int ROWS, int MOST_WIDTH, class Finish>
 __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, int width, Finish& finish) {
     constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
+    // Row groups that a warp multiplies at a time: two, or four where each is one stage and the ring is not filled by them.
+    constexpr int AT_ONCE = MOST <= TILES_PER_STAGE && Place::PAIRS_AT_ONCE % 2 == 0 && RING_STAGES >= 8 ? 4 : 2;
     int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
@@ -182,31 +197,27 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
             for (int unit = 0; unit < Place::UNITS; ++unit) finish.prepare(unit, pass, 8 * first_of(unit), rows_of(unit));
             float* own = sums[c.buffer][c.warp] + c.lane % 4 * 2 * SUM_STRIDE + c.lane / 4;
 #pragma unroll 1
-            for (int pair = batch; pair < min(end, batch + 2 * Place::PAIRS_AT_ONCE); pair += 2, own += PAIR_SUMS) {
-                int groups = min(2, end - pair);
-                float acc[2][SIXTEENS][4] = {};
-                auto multiply = [&](int first, int count) {  // the stages of the two groups come in turn
-                    multiply_stage(c, acc[0], x, first, count, residence);
-                    if (groups == 2) multiply_stage(c, acc[1], x, first, count, residence);
-                };
+            for (int pair = batch; pair < min(end, batch + 2 * Place::PAIRS_AT_ONCE); pair += AT_ONCE, own += AT_ONCE / 2 * PAIR_SUMS) {
+                int groups = min(AT_ONCE, end - pair);
+                float acc[AT_ONCE][SIXTEENS][4] = {};
                 if constexpr (Operand<MOST>::IN_REGISTERS) {
 #pragma unroll
                     for (int at = 0; at < MOST; at += TILES_PER_STAGE)
-                        if (at < tiles) multiply(at, min(TILES_PER_STAGE, tiles - at));
+                        if (at < tiles) multiply_stages(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), groups, residence);
                 } else {
 #pragma unroll 1
                     for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                         int count = min(TILES_PER_STAGE, tiles - at);
                         x.load(at, count);
-                        multiply(0, count);
+                        multiply_stages(c, acc, x, 0, count, groups, residence);
                     }
                 }
 #pragma unroll
-                for (int g = 0; g < 2; ++g)
+                for (int g = 0; g < AT_ONCE; ++g)
 #pragma unroll
                     for (int k = 0; k < SIXTEENS; ++k)
 #pragma unroll
-                        for (int i = 0; i < (COLUMN_GROUPS > 1 ? 4 : 2); ++i) own[(8 * g + i % 2) * SUM_STRIDE + 16 * k + i / 2 * 8] = acc[g][k][i];
+                        for (int i = 0; i < (COLUMN_GROUPS > 1 ? 4 : 2); ++i) own[g / 2 * PAIR_SUMS + (8 * (g % 2) + i % 2) * SUM_STRIDE + 16 * k + i / 2 * 8] = acc[g][k][i];
             }
             consumer_barrier();
 #pragma unroll

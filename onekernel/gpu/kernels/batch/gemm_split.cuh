@@ -130,8 +130,7 @@ __device__ __forceinline__ void meet_sharing(Consumer& c, const BatchArguments& 
         u32* counter = a.meetings + block_index() / SHARING;
         arrive_at(counter);
         c.watchdog.spins = 0;
-        while ((int)(load_relaxed(counter) - meetings) < 0) c.watchdog.check();
-        fence_gpu();
+        while ((int)(load_acquire(counter) - meetings) < 0) c.watchdog.check();
     }
     consumer_barrier();
     c.locate();

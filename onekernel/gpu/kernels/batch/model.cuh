@@ -94,8 +94,7 @@ struct GridBarrier {
     __device__ __forceinline__ void wait(Consumer& c) {
         if (thread_index() == 0) {
             c.watchdog.spins = 0;
-            while ((int)(load_relaxed(a.barrier) - target) < 0) c.watchdog.check();
-            fence_gpu();
+            while ((int)(load_acquire(a.barrier) - target) < 0) c.watchdog.check();
             if (a.times && block_index() == 0) a.times[++*passed] = nanoseconds();
         }
         consumer_barrier();

@@ -16,4 +16,5 @@ static inline void fence_system() {}
 static inline u64 nanoseconds() { static u64 t; return ++t; }
 static inline u32 shared_address(const void*) { return 0; }
 static inline void load_l2_if(float4& v, const float* p, bool wanted) { if (wanted) v = *(const float4*)p; }
+static inline void store4_if(float* p, float4 v, bool wanted) { if (wanted) *(float4*)p = v; }
 static inline void prefetch_l2(const void* p) { *(volatile const char*)p; }

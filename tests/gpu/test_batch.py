@@ -262,7 +262,7 @@ def test_too_little_memory_is_said_before_anything_moves(batch: BatchDecoder, mo
     assert [row.state.position for row in rows] == [2, 2, 2]
 
 
-LONGEST = 60  # tokens of a sequence
+LONGEST = 160  # tokens of a sequence
 KINDS = 40  # of sequences, by prompt and parameters; half are greedy
 
 
@@ -284,7 +284,9 @@ def alone(demo: Decoder, demo_batch: BatchDecoder, demo_folder: Path) -> list[li
     return [ids(advance(demo_batch, [new_row(demo, *kind)], LONGEST))[0] for kind in kinds(demo_folder)]
 
 
-def join_and_leave(batch: BatchDecoder, folder: Path, alone: list[list[int]], sequences: int, tokens: int) -> int:
+def join_and_leave(
+    batch: BatchDecoder, folder: Path, alone: list[list[int]], sequences: int, tokens: int, longest: int
+) -> int:
     """Sequences of random kinds and lengths that join and leave, by launches of random numbers of steps, until so many
     have ended and so many tokens were made: each token must be the one that the sequence makes alone. The tokens.
     """
@@ -294,7 +296,7 @@ def join_and_leave(batch: BatchDecoder, folder: Path, alone: list[list[int]], se
     while running or ended < sequences or total < tokens:
         while (ended + len(running) < sequences or total < tokens) and len(running) < draw.choice([1, 5, 17, 40, 64]):
             which = draw.randrange(KINDS)
-            running.append((which, new_row(decoder, *what[which], max_tokens=draw.randint(1, LONGEST)), []))
+            running.append((which, new_row(decoder, *what[which], max_tokens=draw.randint(1, longest)), []))
         draw.shuffle(running)
         made = ids(advance(batch, [row for _, row, _ in running], draw.randint(1, 24)))
         left = []
@@ -315,7 +317,7 @@ def join_and_leave(batch: BatchDecoder, folder: Path, alone: list[list[int]], se
 def test_sequences_that_join_and_leave_make_the_tokens_that_they_make_alone(
     demo_batch: BatchDecoder, demo_folder: Path, alone: list[list[int]], record_property
 ) -> None:
-    record_property("tokens", join_and_leave(demo_batch, demo_folder, alone, 1000, 0))
+    record_property("tokens", join_and_leave(demo_batch, demo_folder, alone, 1000, 0, 60))
 
 
 def test_greedy_tokens_are_those_of_the_single_decoder_but_for_ties(
@@ -349,9 +351,10 @@ def test_many_tokens_of_many_sequences(
     demo_batch: BatchDecoder, demo_folder: Path, alone: list[list[int]], record_property
 ) -> None:
     """No wrong token, no wait that never ends, no memory lost. run.py says how many tokens."""
-    join_and_leave(demo_batch, demo_folder, alone, 64, 0)  # what is kept for later is there
+    drawn = SamplingParams(temperature=0.8, seed=1)  # what is kept for later, for each place, is there
+    advance(demo_batch, [new_row(demo_batch.decoder, [5], drawn) for _ in range(64)], 1)
     before, start = bytes_held(), time.monotonic()
-    made = join_and_leave(demo_batch, demo_folder, alone, 0, SOAK_TOKENS)
+    made = join_and_leave(demo_batch, demo_folder, alone, 0, SOAK_TOKENS, LONGEST)
     record_property("tokens", made)
     record_property("tokens_per_second", round(made / (time.monotonic() - start)))
     assert bytes_held() == before

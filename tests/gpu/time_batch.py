@@ -104,9 +104,7 @@ def main() -> int:
     greedy = SamplingParams()
     drawn = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, seed=1)
     for count, params in [*((n, greedy) for n in BATCHES), *((n, drawn) for n in BATCHES[1:4])]:
-        case = measure(batch, count, params) | {
-            "sampling": "greedy" if params.greedy else "top_k 50, top_p 0.95"
-        }
+        case = measure(batch, count, params) | {"sampling": "greedy" if params.greedy else "top_k 50, top_p 0.95"}
         report["cases"].append(case)
         print(case, file=sys.stderr, flush=True)
     text = json.dumps(report, indent=1)

@@ -120,7 +120,7 @@ __device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a
             float d = __shfl_sync(0xFFFFFFFFu, change, 2 * i);
             float4 old = state[i];
             float4 updated = make_float4(fmaf(k.x, d, decay * old.x), fmaf(k.y, d, decay * old.y), fmaf(k.z, d, decay * old.z), fmaf(k.w, d, decay * old.w));
-            if (active) *(float4*)(to + (i / COLUMNS_AT_ONCE * STAGE_COLUMNS + i % COLUMNS_AT_ONCE) * KEY_HEAD_DIM) = updated;
+            store4_if(to + (i / COLUMNS_AT_ONCE * STAGE_COLUMNS + i % COLUMNS_AT_ONCE) * KEY_HEAD_DIM, updated, active);
         }
         item = next;
     }

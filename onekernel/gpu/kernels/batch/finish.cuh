@@ -99,7 +99,7 @@ struct LinearProjection : NormedFinish {
             bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
             if (row < CONV_DIM) {
                 float4 w = window[unit][i];
-                *(float4*)(conv_window(rows->state[n], index) + 4 * row) = make_float4(w.y, w.z, w.w, y);
+                store4_if(conv_window(rows->state[n], index) + 4 * row, make_float4(w.y, w.z, w.w, y), true);
                 y = fmaf(t.w, y, fmaf(t.z, w.w, fmaf(t.y, w.z, t.x * w.y)));
             }
             if (!is_decay) {

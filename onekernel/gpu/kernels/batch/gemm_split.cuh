@@ -9,7 +9,7 @@
 #include "batch/finish.cuh"
 
 constexpr int SHARING = 4;  // blocks
-constexpr bool SPLITS_PRODUCTS = COLUMN_GROUPS >= 4 && BLOCKS % SHARING == 0 && LIMITS_FLIGHT;
+constexpr bool SPLITS_PRODUCTS = COLUMN_GROUPS >= 8 && BLOCKS % SHARING == 0 && LIMITS_FLIGHT;
 constexpr int SHARED_ROWS = 8 * ((SHARING * (HIDDEN / 8) + BLOCKS - 1) / BLOCKS);  // of four blocks, at most
 constexpr int SHARING_WARPS = 2;                                                    // slices of a block
 constexpr int SHARING_COLUMNS = COLUMN_GROUPS >= 8 ? 4 : 2;                         // warps that deal the pass's columns

@@ -57,6 +57,12 @@ __device__ __forceinline__ void load_l2_if(float4& v, const float* p, bool wante
                  : "memory");
 }
 
+// Stores four words at once, where `wanted`. Said in so many words: the compiler may make four stores of an assignment.
+__device__ __forceinline__ void store4_if(float* p, float4 v, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.f32 [%4], {%0, %1, %2, %3};}" ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "l"(p), "r"((u32)wanted)
+                 : "memory");
+}
+
 // Constant for the whole launch: may go through the read-only path.
 __device__ __forceinline__ float4 load_constant4(const float* p) {
     float4 v;

@@ -138,7 +138,9 @@ def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4 * (4 // groups if groups < 4 else 1)
     if groups >= 8 and decode.shared_memory >= ROOMY and decode.blocks % SHARING == 0:
         sums = 8192  # no sums of slices meet in shared memory
-    attention = CONSUMER_WARPS * (shape.heads // shape.kv_heads) * 512
+    group = shape.heads // shape.kv_heads
+    padded = 1 << (group - 1).bit_length()
+    attention = 4 * group * shape.head_dim + 8 * shape.head_dim + 4 * 32 * padded * (2 + CONSUMER_WARPS)
     rows = residual_rows(shape, decode.blocks)
     residual = 4 * (rows + -(-rows // 16)) * columns
     return max(sums, HISTOGRAMS_BYTES, attention) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512

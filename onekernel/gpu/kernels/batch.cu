@@ -24,7 +24,7 @@ struct Shared {
     u32 landed, total;
     union {
         u8 sums[SUMS_BYTES];
-        alignas(16) WarpAttention attention[CONSUMER_WARPS];
+        alignas(16) BatchAttention attention;
         BatchSampling sampling;
         LogprobScratch logprobs;
     };
@@ -36,6 +36,7 @@ struct Shared {
     float head_squares[2][CONSUMER_WARPS];
     int first_item[BATCH_COLUMNS + 1];  // of attention, of each row in this step; then how many there are
     volatile u32 finished;
+    volatile int counted;  // in how many steps the items of attention
     u32 pending, passed;
 };
 static_assert(sizeof(Shared) <= SHARED_MEMORY, "BatchLayout.plan counts less shared memory than the kernel uses");
@@ -119,13 +120,40 @@ struct Producer {
             const u8* from = (const u8*)head_state(rows, layer, item);
 #pragma unroll 1
             for (int s = 0; s < STATE_STAGES; ++s, from += STAGE_BYTES) {
-                await_slot(STATE_STAGES_IN_FLIGHT);
+                state_stage(from, STAGE_BYTES);
                 if (finished) return;
-                fill_state_stage(ring, next, from);
-                next.advance();
             }
             item += BLOCKS;
         }
+    }
+
+    // Streams the keys and values of this block's items in one layer of step `step`.
+    __device__ __forceinline__ void cache(const BatchArguments& a, int layer, int step) {
+        const Rows& rows = shared->rows;
+        while (!finished && shared->counted <= step) pause();
+        if (finished) return;
+        fence_async();
+        int items = shared->first_item[a.rows], end_item = item_begin(items, blockIdx.x + 1);
+#pragma unroll 1
+        for (int i = item_begin(items, blockIdx.x); i < end_item; ++i) {
+            AttentionItem item(a, rows, shared->first_item, i);
+            const u16* keys = item.keys(rows, layer);
+            long long distance = item.distance(rows);
+#pragma unroll 1
+            for (int first = item.begin; first < item.end; first += CHUNK_POSITIONS) {
+                u32 bytes = min(CHUNK_POSITIONS, item.end - first) * 2 * HEAD_DIM;
+                state_stage((const u8*)(keys + (long long)first * HEAD_DIM), bytes);
+                state_stage((const u8*)(keys + distance + (long long)first * HEAD_DIM), bytes);
+                if (finished) return;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void state_stage(const u8* from, u32 bytes) {
+        await_slot(STATE_STAGES_IN_FLIGHT);
+        if (finished) return;
+        fill_state_stage(ring, next, from, bytes);
+        next.advance();
     }
 
     __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes, int pieces) {
@@ -161,6 +189,7 @@ __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared,
             int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
             int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
             p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
+            if (which == 0 && full) p.cache(a, layer, step);
             if (which == 0 && !full) p.states(a, layer, step % 2);
         }
     }
@@ -222,9 +251,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
     if (full) {
         FullProjection finish{{base}};
         gemm_normed<PROJECTED_FULL>(c, (Sums*)shared.sums, a.input, finish);
-        barrier.arrive(c);
-        prefetch_cache(c, a, shared.rows, shared.first_item, layer);
-        barrier.wait(c);
+        barrier.meet(c);
         c.enter(PHASE_ATTENTION, layer);
         attend_rows(c, a, shared.rows, shared.first_item, shared.attention, layer);
         barrier.meet(c);
@@ -399,7 +426,12 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
         prefetch_windows(c, a, shared.rows, 0);
-        if (c.warp == 0) count_items(c, a, shared.rows, shared.first_item);
+        if (c.warp == 0) {
+            count_items(c, a, shared.rows, shared.first_item);
+            __threadfence_block();
+            __syncwarp();
+            if (c.lane == 0) shared.counted = step + 1;
+        }
         barrier.meet(c);
         u32 cancel = 0;
 #pragma unroll 1
@@ -448,6 +480,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_cons
         ring_init(ring);
         for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
         shared.landed = shared.total = shared.finished = 0;
+        shared.counted = 0;
     }
     begin_rows(a, shared.rows);
     __syncthreads();

@@ -23,14 +23,14 @@ __device__ __forceinline__ float* head_state(const Rows& rows, int layer, int it
 
 // ---- producer ----
 
-// Fills a stage with a part of a state. Other than weights it is written in the same launch, by this block.
-__device__ __forceinline__ void fill_state_stage(Ring& ring, RingPosition at, const u8* source) {
+// Fills a stage with `bytes` (a multiple of 512) of a state. Other than weights it is written in the same launch.
+__device__ __forceinline__ void fill_state_stage(Ring& ring, RingPosition at, const u8* source, u32 bytes) {
 #if __CUDA_ARCH__ >= 800
-    fill_stage(ring, at, source, STAGE_BYTES);
+    fill_stage(ring, at, source, bytes);
 #else
     uint4* slot = (uint4*)(ring.slots + at.slot * STAGE_BYTES);
 #pragma unroll 8
-    for (u32 i = threadIdx.x % 32; i < STAGE_BYTES / 16; i += 32) slot[i] = load_l2(source + 16 * i);
+    for (u32 i = threadIdx.x % 32; i < bytes / 16; i += 32) slot[i] = load_l2(source + 16 * i);
     mark_landed(ring, at.stage + 1);
 #endif
 }

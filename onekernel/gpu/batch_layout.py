@@ -143,7 +143,8 @@ def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     attention = 4 * group * shape.head_dim + 8 * shape.head_dim + 4 * 32 * padded * (2 + CONSUMER_WARPS)
     rows = residual_rows(shape, decode.blocks)
     residual = 4 * (rows + -(-rows // 16)) * columns
-    return max(sums, HISTOGRAMS_BYTES, attention) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512
+    taps = 16 * ROW_GROUP * -(-projected_linear(shape) // (ROW_GROUP * decode.blocks))
+    return max(sums, HISTOGRAMS_BYTES, attention) + residual + taps + ROW_BYTES * columns + 8 * MOST_STAGES + 512
 
 
 class BatchRow(ctypes.Structure):

@@ -32,6 +32,7 @@ struct Shared {
     Cut cuts[BATCH_COLUMNS];
     Candidate best[BATCH_COLUMNS];
     float residual[RESIDUAL_ROWS][BATCH_COLUMNS];
+    float4 taps[LINEAR_ROWS];
     float inverse[BATCH_COLUMNS], squares[RESIDUAL_PAIRS][BATCH_COLUMNS];
     float head_squares[2][CONSUMER_WARPS];
     int first_item[BATCH_COLUMNS + 1];  // of attention, of each row in this step; then how many there are
@@ -259,7 +260,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         merge_rows(c, a, shared.rows);
         barrier.arrive(c);
     } else {
-        LinearProjection finish{{base}, linear_layer(a, layer), layer};
+        LinearProjection finish{{base}, linear_layer(a, layer), layer, shared.taps};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
         barrier.meet(c);
         c.enter(PHASE_DELTA_RULE, layer);

@@ -59,29 +59,36 @@ struct NormedFinish : Finish {
     }
 };
 
+constexpr int LINEAR_ROWS = 8 * (((PROJECTED_LINEAR + 7) / 8 + BLOCKS - 1) / BLOCKS);  // of a block
+
 // in_proj: q, k, v pass the causal convolution (this thread alone has the channel's window) and SiLU; z becomes gate =
 // norm weight * silu(z); b becomes beta; a becomes the log of the decay.
 struct LinearProjection : NormedFinish {
     LinearLayer layer;
-    int index;  // of the layer
-    float4 taps[NormedPlace::UNITS][NormedPlace::ROWS], window[NormedPlace::UNITS][NormedPlace::ELEMENTS];
+    int index;     // of the layer
+    float4* taps;  // shared [LINEAR_ROWS]: of this block's rows what they need of the parameters
+    float4 window[NormedPlace::UNITS][NormedPlace::ELEMENTS];
 
-    __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
-#pragma unroll
-        for (int i = 0; i < NormedPlace::ROWS; ++i) {
-            int local = NormedPlace::row(*consumer, i), row = first + local;
-            float4& t = taps[unit][i];
-            if (local >= count) continue;
+    __device__ __forceinline__ void begin(int pass) {
+        NormedFinish::begin(pass);
+        if (pass) return;
+        constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
+        int first = 8 * first_group(GROUPS, consumer->block), end = min(8 * first_group(GROUPS, consumer->block + 1), PROJECTED_LINEAR);
+#pragma unroll 1
+        for (int row = first + consumer->thread; row < end; row += CONSUMER_WARPS * 32) {
+            float4 t = make_float4(0, 0, 0, 0);
             if (row < CONV_DIM) {
                 t = load_constant4(layer.conv_weight + 4 * row);
             } else if (row < CONV_DIM + VALUE_DIM) {
                 t.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
-            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS && row < PROJECTED_LINEAR) {
-                int head = row - (PROJECTED_LINEAR - VALUE_HEADS);
-                t.x = load_constant(layer.dt_bias + head);
-                t.y = load_constant(layer.negative_decay_rate + head);
+            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS) {
+                t.x = load_constant(layer.dt_bias + row - (PROJECTED_LINEAR - VALUE_HEADS));
+                t.y = load_constant(layer.negative_decay_rate + row - (PROJECTED_LINEAR - VALUE_HEADS));
             }
+            taps[row - first] = t;
         }
+    }
+    __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
         if (first >= CONV_DIM) return;
         each_element<NormedPlace>(*consumer, [&](int i, int row, int column) {
             int n = pass * PASS_COLUMNS + column;
@@ -91,11 +98,12 @@ struct LinearProjection : NormedFinish {
     }
     template <class Sum>
     __device__ __forceinline__ void operator()(int unit, int pass, int first, int count, Sum sum) {
+        int own_first = 8 * first_group((PROJECTED_LINEAR + 7) / 8, consumer->block);
         each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
             int n = pass * PASS_COLUMNS + column, row = first + local;
             if (local >= count || row >= PROJECTED_LINEAR || n >= arguments->rows || !rows->kind[n]) return;
             float y = __fmul_rn(sum(i), inverse[n]);
-            float4 t = taps[unit][i % NormedPlace::ROWS];
+            float4 t = taps[row - own_first];
             bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
             if (row < CONV_DIM) {
                 float4 w = window[unit][i];
@@ -114,11 +122,12 @@ struct LinearProjection : NormedFinish {
     }
 };
 
-// Asks for the conv windows that this block's LinearProjection will want: they are in memory, and a product is short.
+// Asks for the conv windows (and weights) that this block's LinearProjection will want: they are in memory, and a product is short.
 __device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
     constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
     if (layer >= LAYERS || is_full(layer)) return;
     int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
+    if (c.thread < lines) prefetch_l2(linear_layer(a, layer).conv_weight + 4 * (first + 8 * c.thread));
 #pragma unroll 1
     for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
         if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));

@@ -115,7 +115,7 @@ class BatchLayout:
             "activated": 2 * n * s.intermediate,
             "partial": 4 * n * s.heads * most_splits * (s.head_dim + 4),
             "candidates": 3 * 8 * n * self.decode.blocks,
-            "slices": 4 * n * CONSUMER_WARPS * -(-self.decode.blocks // SHARING) * self._shared_rows,
+            "slices": 8 * n * CONSUMER_WARPS * -(-self.decode.blocks // SHARING) * self._shared_rows,
         }
 
 
@@ -183,8 +183,7 @@ class BatchArguments(ctypes.Structure):
         ("unsigned char*", "activated"),  # [columns, INTERMEDIATE], as operand_place says
         ("float*", "partial"),  # [columns, HEADS, most_splits, HEAD_DIM + 4]
         ("unsigned long long*", "candidates"),  # [columns, up to 2 BLOCKS], then [columns, BLOCKS]
-        ("float*", "slices"),  # see slice_sums in batch/gemm_split.cuh
-        ("unsigned int*", "meetings"),  # [BLOCKS / 4], zero before the launch
+        ("unsigned long long*", "slices"),  # see slice_sums in batch/gemm_split.cuh
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned int*", "stop"),  # the block that looks at `cancel` tells the others
         ("unsigned long long*", "output"),  # host [steps, rows]: made << 32 | last << 31 | failure << 28 | token
@@ -197,7 +196,7 @@ class BatchArguments(ctypes.Structure):
         ("int", "most_splits"),
         ("int", "draws"),  # some row samples at a temperature
         ("int", "logprobs"),  # some row wants them
-        ("int", "unused"),
+        ("int", "first_product"),  # of those that blocks share: one less than the number of the launch's first
     )
     _fields_ = ctypes_fields(_FIELDS_IN_C)
 

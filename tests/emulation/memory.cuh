@@ -6,6 +6,7 @@ static inline u64 load_relaxed64(const u64* p) { return *p; }
 static inline void store_relaxed(u32* p, u32 v) { *p = v; }
 static inline void store_relaxed2(u32* p, u32 a, u32 b) { p[0] = a; p[1] = b; }
 static inline void store_relaxed64(u64* p, u64 v) { *p = v; }
+static inline void store_relaxed64x2(u64* p, u64 a, u64 b) { p[0] = a; p[1] = b; }
 static inline u32 load_host(const u32* p) { return *p; }
 static inline void store_host64(u64* p, u64 v) { *p = v; }
 static inline uint4 load_l2(const void* p) { if ((uintptr_t)p % 16) { fprintf(stderr, "misaligned\n"); abort(); } return *(const uint4*)p; }

@@ -238,14 +238,14 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
 constexpr int MOST_WIDTH = INTERMEDIATE > MIXED_COLUMNS ? INTERMEDIATE : MIXED_COLUMNS;
 
 // A product back to the residual stream.
-__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, int width, ResidualUpdate& update, u32& meetings) {
+__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, int width, ResidualUpdate& update, u32& product) {
     if constexpr (SPLITS_PRODUCTS)
-        gemm_split<MOST_WIDTH>(c, a, meetings, input, width, update);
+        gemm_split<MOST_WIDTH>(c, a, ++product, input, width, update);
     else
         gemm<ResidualPlace, HIDDEN, MOST_WIDTH>(c, (Sums*)shared.sums, input, width, update);
 }
 
-__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer, int parity) {
+__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& product, int layer, int parity) {
     Finish base{&c, &a, &shared.rows, shared.inverse};
     bool full = is_full(layer);
     c.enter(PHASE_INPUT, layer);
@@ -276,7 +276,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         c.enter(PHASE_INPUT, layer);
         if (input == a.activated) prefetch_windows(c, a, shared.rows, layer + 1);
         ResidualUpdate update{base, norm, shared.residual, shared.squares};
-        project_back(c, a, shared, input, width, update, meetings);
+        project_back(c, a, shared, input, width, update, product);
         barrier.meet(c);
         if (input == a.activated) break;
         Activation activation{{base}};
@@ -420,7 +420,7 @@ __device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments&
 __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared, Ring ring) {
     Consumer c{ring, {0, 0, 0}, 0, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.locate();
-    u32 passes = 0, meetings = 0;
+    u32 passes = 0, product = a.first_product;
     GridBarrier barrier{a, 0, &shared.passed};
 #pragma unroll 1
     for (int step = 0; step < a.steps; ++step) {
@@ -442,7 +442,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
                 if (c.thread == 0) shared.finished = 1;
                 return;
             }
-            step_layer(c, a, shared, barrier, meetings, layer, step % 2);
+            step_layer(c, a, shared, barrier, product, layer, step % 2);
         }
         fence_async();  // the next step's states are fetched by bulk copies
         c.enter(PHASE_TOKEN, LAYERS);

@@ -25,8 +25,9 @@ struct SharedRows {
     __device__ __forceinline__ int quads() const { return (end - first + 3) / 4; }
 };
 
-// Sums of a slice: [four blocks][pass][slice][column of the pass][row].
-__device__ __forceinline__ float* slice_sums(const BatchArguments& a, int block, int pass, int slice) {
+// Sums of a slice: [four blocks][pass][slice][column of the pass][row], each with the number of the product that it belongs
+// to in its upper half: it arrives with the sum, so that whoever waits for the sum needs no barrier.
+__device__ __forceinline__ u64* slice_sums(const BatchArguments& a, int block, int pass, int slice) {
     return a.slices + (((long long)(block / SHARING) * PASSES + pass) * CONSUMER_WARPS + slice) * PASS_COLUMNS * SHARED_ROWS;
 }
 
@@ -75,7 +76,7 @@ __device__ __forceinline__ void multiply_shared_stage(Consumer& c, float (&acc)[
 }
 
 template <int MOST_WIDTH>
-__device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArguments& a, const u8* input, int width) {
+__device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArguments& a, const u8* input, int width, u32 product) {
     constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32;
     constexpr bool IN_REGISTERS = MOST * 2 <= MOST_OPERANDS;
     constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
@@ -111,46 +112,52 @@ __device__ __forceinline__ void multiply_slices(Consumer& c, const BatchArgument
                     multiply_shared_stage(c, acc, x, 0, count, from, groups, residence);
                 }
             }
-            float* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane / 4) * SHARED_ROWS + 8 * (group - rows.first + from) + c.lane % 4 * 2;
+            u64* to = slice_sums(a, c.block, pass, slice) + (long long)(8 * column_group + c.lane / 4) * SHARED_ROWS + 8 * (group - rows.first + from) + c.lane % 4 * 2;
+            auto numbered = [&](float sum) { return (u64)product << 32 | __float_as_uint(sum); };
 #pragma unroll
             for (int g = 0; g < WARP_ROWS; ++g) {
                 if (from + g >= groups) break;
-                *(float2*)(to + 8 * g) = make_float2(acc[g][0], acc[g][1]);
-                *(float2*)(to + 8 * SHARED_ROWS + 8 * g) = make_float2(acc[g][2], acc[g][3]);
+                store_relaxed64x2(to + 8 * g, numbered(acc[g][0]), numbered(acc[g][1]));
+                store_relaxed64x2(to + 8 * SHARED_ROWS + 8 * g, numbered(acc[g][2]), numbered(acc[g][3]));
             }
         }
     }
 }
 
-// The barrier of four blocks: `meetings` of this launch so far.
-__device__ __forceinline__ void meet_sharing(Consumer& c, const BatchArguments& a, u32& meetings) {
-    consumer_barrier();
-    meetings += SHARING;
-    if (thread_index() == 0) {
-        u32* counter = a.meetings + block_index() / SHARING;
-        arrive_at(counter);
-        c.watchdog.spins = 0;
-        while ((int)(load_acquire(counter) - meetings) < 0) c.watchdog.check();
-    }
-    consumer_barrier();
-    c.locate();
-}
-
-// As gemm, for all blocks together.
+// As gemm, for all blocks together. `product`: its number, as no other's whose sums may still be there.
 template <int MOST_WIDTH, class Finish>
-__device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a, u32& meetings, const u8* input, int width, Finish& finish) {
-    multiply_slices<MOST_WIDTH>(c, a, input, width);
-    meet_sharing(c, a, meetings);
+__device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a, u32 product, const u8* input, int width, Finish& finish) {
+    multiply_slices<MOST_WIDTH>(c, a, input, width, product);
+    c.locate();
     SharedRows rows(c.block);
     int begin = first_group(HIDDEN / 8, c.block), end = first_group(HIDDEN / 8, c.block + 1);
+    constexpr int COLUMNS = ResidualPlace::COLUMNS;
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
-            const float* row = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + ResidualPlace::row(c);
-            finish(0, pass, 8 * group, group + 1 < end ? 16 : 8, [&](int i) {
-                return sum_of_slices([&](int slice) { return load_l2_float(row + (long long)(slice * PASS_COLUMNS + ResidualPlace::column(c, i)) * SHARED_ROWS); });
-            });
+            int count = group + 1 < end ? 16 : 8, row = ResidualPlace::row(c);
+            u64 sums[COLUMNS][CONSUMER_WARPS] = {};
+            if (row < count) {
+                const u64* from = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + row;
+                c.watchdog.spins = 0;
+                while (true) {
+                    bool all = true;
+#pragma unroll
+                    for (int i = 0; i < COLUMNS; ++i)
+#pragma unroll
+                        for (int slice = 0; slice < CONSUMER_WARPS; ++slice)
+                            sums[i][slice] = load_relaxed64(from + (long long)(slice * PASS_COLUMNS + ResidualPlace::column(c, i)) * SHARED_ROWS);
+#pragma unroll
+                    for (int i = 0; i < COLUMNS; ++i)
+#pragma unroll
+                        for (int slice = 0; slice < CONSUMER_WARPS; ++slice) all &= (u32)(sums[i][slice] >> 32) == product;
+                    if (all) break;
+                    c.watchdog.check();
+                }
+            }
+            __syncwarp();
+            finish(0, pass, 8 * group, count, [&](int i) { return sum_of_slices([&](int slice) { return __uint_as_float((u32)sums[i][slice]); }); });
         }
         finish.end(pass);
     }

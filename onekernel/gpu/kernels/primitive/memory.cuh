@@ -32,6 +32,11 @@ __device__ __forceinline__ void store_relaxed64(u64* p, u64 v) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+// Two words; each arrives whole.
+__device__ __forceinline__ void store_relaxed64x2(u64* p, u64 a, u64 b) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"(a), "l"(b) : "memory");
+}
+
 // Mapped host memory: seen by the CPU while the kernel runs.
 __device__ __forceinline__ u32 load_host(const u32* p) {
     u32 v;

@@ -138,9 +138,7 @@ def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4 * (4 // groups if groups < 4 else 1)
     if groups >= 8 and decode.shared_memory >= ROOMY and decode.blocks % SHARING == 0:
         sums = 8192  # no sums of slices meet in shared memory
-    group = shape.heads // shape.kv_heads
-    padded = 1 << (group - 1).bit_length()
-    attention = 4 * group * shape.head_dim + 8 * shape.head_dim + 4 * 32 * padded * (2 + CONSUMER_WARPS)
+    attention = CONSUMER_WARPS * (shape.heads // shape.kv_heads) * 512
     rows = residual_rows(shape, decode.blocks)
     residual = 4 * (rows + -(-rows // 16)) * columns
     taps = 16 * ROW_GROUP * -(-projected_linear(shape) // (ROW_GROUP * decode.blocks))

@@ -24,7 +24,7 @@ struct Shared {
     u32 landed, total;
     union {
         u8 sums[SUMS_BYTES];
-        alignas(16) BatchAttention attention;
+        alignas(16) WarpAttention attention[CONSUMER_WARPS];
         BatchSampling sampling;
         LogprobScratch logprobs;
     };
@@ -134,15 +134,17 @@ struct Producer {
         while (!finished && shared->counted <= step) pause();
         if (finished) return;
         fence_async();
-        int items = shared->first_item[a.rows], end_item = item_begin(items, blockIdx.x + 1);
+        int items = shared->first_item[a.rows], i = item_begin(items, blockIdx.x), end_item = item_begin(items, blockIdx.x + 1);
+        if (i == end_item) return;
+        AttentionItem item(a, rows, shared->first_item, i);
 #pragma unroll 1
-        for (int i = item_begin(items, blockIdx.x); i < end_item; ++i) {
-            AttentionItem item(a, rows, shared->first_item, i);
-            const u16* keys = item.keys(rows, layer);
-            long long distance = item.distance(rows);
+        for (; i < end_item; ++i, item.advance()) {
+            const u16* keys = item.keys(layer);
+            long long distance = item.distance();
+            int end = item.end();
 #pragma unroll 1
-            for (int first = item.begin; first < item.end; first += CHUNK_POSITIONS) {
-                u32 bytes = min(CHUNK_POSITIONS, item.end - first) * 2 * HEAD_DIM;
+            for (int first = item.begin(); first < end; first += CHUNK_POSITIONS) {
+                u32 bytes = min(CHUNK_POSITIONS, end - first) * POSITION_BYTES;
                 state_stage((const u8*)(keys + (long long)first * HEAD_DIM), bytes);
                 state_stage((const u8*)(keys + distance + (long long)first * HEAD_DIM), bytes);
                 if (finished) return;

@@ -1,6 +1,7 @@
-// Attention of every row over its own context. An item is (row, kv head, split of the context); its keys and values come
-// through the ring of the weights, a stage of each for 32 positions, and are read once for all query heads of the kv
-// head. The splits depend on the row's position alone, and are merged in their order, so that company changes nothing.
+// Attention of every row over its own context. A warp takes an item: (row, kv head, split of the context), whose keys and
+// values come through the ring of the weights, a stage of each for 32 positions, and are read once for all query heads of
+// the kv head, on the tensor cores: scores are positions times heads, the output is dims times heads. The splits depend
+// on the row's position alone, and are merged in their order, so that company changes nothing.
 //
 // A block takes items that follow each other. Other blocks may have written their keys and values, in steps before: the
 // producer waits until the step's items are counted, behind the barrier that those writes are ahead of.
@@ -10,8 +11,10 @@
 
 constexpr int LEAST_BATCH_SPLIT = 32;  // positions
 constexpr int MOST_BATCH_SPLITS = 256;
-constexpr int CHUNK_POSITIONS = STAGE_BYTES / (2 * HEAD_DIM), WARP_POSITIONS = CHUNK_POSITIONS / CONSUMER_WARPS;
-static_assert(CHUNK_POSITIONS == 32 && LEAST_BATCH_SPLIT % CHUNK_POSITIONS == 0, "a lane speaks for a position");
+constexpr int POSITION_BYTES = 2 * HEAD_DIM, CHUNK_POSITIONS = STAGE_BYTES / POSITION_BYTES, HALF_CHUNK = 16;
+constexpr int DIM_TILES = HEAD_DIM / 32;
+static_assert(CHUNK_POSITIONS == 2 * HALF_CHUNK && LEAST_BATCH_SPLIT % CHUNK_POSITIONS == 0, "16 positions are multiplied at a time");
+static_assert(GROUP_HEADS <= 8, "the columns of a product are query heads");
 
 __device__ __forceinline__ Splits batch_splits(int position) {
     int tokens = position + 1;
@@ -20,10 +23,13 @@ __device__ __forceinline__ Splits batch_splits(int position) {
     return {(tokens + length - 1) / length, length};
 }
 
-// Where the result of a split stands: HEAD_DIM sums, their weights' maximum and total.
+// Where the result of a split stands: HEAD_DIM sums in the order of `partial_dim`, their weights' maximum and total.
 __device__ __forceinline__ float* partial_place(const BatchArguments& a, int n, int head, int split) {
     return a.partial + (((long long)n * HEADS + head) * a.most_splits + split) * PARTIAL_STRIDE;
 }
+
+// Of place i = 32 t + 16 q + 8 r + j: the fragments of the products with values, whose rows are dims in this order.
+__device__ __forceinline__ int partial_dim(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i / 16 % 2 * 4 + i / 8 % 2 * 2 + i % 2; }
 
 // By one warp: the first item of each row, and how many items there are.
 __device__ __forceinline__ void count_items(const Consumer& c, const BatchArguments& a, const Rows& rows, int* first_item) {
@@ -45,35 +51,51 @@ __device__ __forceinline__ void count_items(const Consumer& c, const BatchArgume
 // This block's items of all.
 __device__ __forceinline__ int item_begin(int items, int block) { return (int)((long long)items * block / BLOCKS); }
 
+// An item, and the way to the next.
 struct AttentionItem {
-    int n, kv_head, split, begin, end;  // positions `begin` to `end` of row n
-    bool is_last;                       // of the row's splits: position end - 1 is that of this step's token
+    const Rows& rows;
+    const int* first_item;
+    int last_row, n, kv_head, split, count, length, position;
 
-    __device__ __forceinline__ AttentionItem(const BatchArguments& a, const Rows& rows, const int* first_item, int item) : n(0) {
-        int last = a.rows;  // the last row that begins here or before
+    __device__ __forceinline__ AttentionItem(const BatchArguments& a, const Rows& rows, const int* first_item, int item)
+        : rows(rows), first_item(first_item), last_row(a.rows - 1), n(0) {
+        int end = a.rows;  // the last row that begins here or before
 #pragma unroll 1
-        while (last - n > 1) {
-            int middle = (n + last) / 2;
+        while (end - n > 1) {
+            int middle = (n + end) / 2;
             if (first_item[middle] <= item) n = middle;
-            else last = middle;
+            else end = middle;
         }
-        int count = (first_item[n + 1] - first_item[n]) / KV_HEADS, own = item - first_item[n], position = rows.position[n];
-        int length = batch_splits(position).length;
+        enter_row();
+        int own = item - first_item[n];
         kv_head = own / count, split = own % count;
-        begin = split * length, end = min(begin + length, position + 1), is_last = end == position + 1;
     }
-    __device__ __forceinline__ u16* keys(const Rows& rows, int layer) const {
+    __device__ __forceinline__ void enter_row() {
+        position = rows.position[n];
+        Splits splits = batch_splits(position);
+        count = splits.count, length = splits.length, kv_head = split = 0;
+    }
+    __device__ __forceinline__ void advance() {
+        if (++split < count) return;
+        split = 0;
+        if (++kv_head < KV_HEADS) return;
+        do ++n;
+        while (n < last_row && first_item[n + 1] == first_item[n]);
+        if (n <= last_row) enter_row();
+    }
+    __device__ __forceinline__ int begin() const { return split * length; }
+    __device__ __forceinline__ int end() const { return min(begin() + length, position + 1); }
+    __device__ __forceinline__ int chunks() const { return (end() - begin() + CHUNK_POSITIONS - 1) / CHUNK_POSITIONS; }
+    __device__ __forceinline__ u16* keys(int layer) const {
         return keys_of(rows.state[n], layer, rows.max_context[n]) + (long long)kv_head * rows.max_context[n] * HEAD_DIM;
     }
     // From keys to values.
-    __device__ __forceinline__ long long distance(const Rows& rows) const { return (long long)KV_DIM * rows.max_context[n]; }
+    __device__ __forceinline__ long long distance() const { return (long long)KV_DIM * rows.max_context[n]; }
 };
 
-struct BatchAttention {
-    float queries[GROUP_HEADS][HEAD_DIM];                                  // after norm and RoPE, scaled
-    alignas(16) uint4 fresh[2][2][HEAD_DIM / 8];                           // of items in turn: this step's key and value
-    alignas(16) float scores[2][CHUNK_POSITIONS][PADDED_HEADS];            // of chunks in turn
-    alignas(16) float weights[CONSUMER_WARPS][CHUNK_POSITIONS][PADDED_HEADS];
+// What a warp keeps in shared memory: queries after norm and RoPE.
+struct WarpAttention {
+    uint4 queries[GROUP_HEADS][32];
 };
 
 // Norm and RoPE of one head, as norm_and_rope.
@@ -92,119 +114,160 @@ __device__ __forceinline__ void norm_and_turn(float (&x)[DIMS], const NormAndRop
     }
 }
 
-// A warp a head: the queries of a kv head, and behind the last split the new key and value, for the cache and for now.
-__device__ __forceinline__ void prepare_heads(const Consumer& c, const BatchArguments& a, const Rows& rows, BatchAttention& shared, const AttentionItem& item, int layer, int turn) {
+// Queries into shared memory, two heads at a time, and behind the last split the new key and value into the cache and
+// `fresh`.
+__device__ __forceinline__ void prepare_heads(const Consumer& c, const BatchArguments& a, WarpAttention& shared, const AttentionItem& item, int layer, bool is_last, uint4 (&fresh)[2]) {
     constexpr float SCALE = 1.4426950408889634f * 0.0625f;  // exp2 in place of exp, 1 / sqrt(HEAD_DIM)
-    int position = rows.position[item.n];
-    bool is_query = c.warp < GROUP_HEADS, is_key = c.warp == CONSUMER_WARPS - 1, is_value = c.warp == CONSUMER_WARPS - 2;
-    if (!is_query && !(item.is_last && (is_key || is_value))) return;
-    int at = is_query ? (item.kv_head * GROUP_HEADS + c.warp) * 2 * HEAD_DIM : 2 * QUERY_DIM + (is_value ? KV_DIM : 0) + item.kv_head * HEAD_DIM;
-    const float* head = a.projected + (long long)item.n * PROJECTED_STRIDE + at + DIMS * c.lane;
-    const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN + (is_key ? HEAD_DIM : 0);
-    float4 v[2] = {load_l2_float4(head), load_l2_float4(head + 4)};
-    NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)position * (ROTARY_DIM / 2), c.lane);
-    float x[DIMS] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
-    if (!is_value) norm_and_turn(x, constants, c.lane);
-    if (is_query) {
-        float4* to = (float4*)(shared.queries[c.warp] + DIMS * c.lane);
-        to[0] = make_float4(x[0] * SCALE, x[1] * SCALE, x[2] * SCALE, x[3] * SCALE);
-        to[1] = make_float4(x[4] * SCALE, x[5] * SCALE, x[6] * SCALE, x[7] * SCALE);
-    } else {
-        uint4 packed = pack8(x);
-        shared.fresh[turn][is_value][c.lane] = packed;
-        *(uint4*)(item.keys(rows, layer) + (is_value ? item.distance(rows) : 0) + (long long)position * HEAD_DIM + DIMS * c.lane) = packed;
-    }
-}
-
-// The stage that this warp takes next.
-__device__ __forceinline__ const u8* next_stage(Consumer& c) {
-    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-    const u8* slot = c.ring.slots + c.next.slot * STAGE_BYTES;
-    c.next.advance();
-    return slot;
-}
-
-// All items of this block. Warp w has positions 4 w and up of a chunk for the scores, and dims 32 w and up for the sums.
-__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, BatchAttention& shared, int layer) {
-    constexpr int SCORES = WARP_POSITIONS * PADDED_HEADS, LANES_A_SCORE = 32 / SCORES;
-    static_assert(SCORES <= 32 && WARP_POSITIONS == 4, "a lane a score at least");
-    int items = first_item[a.rows], end_item = item_begin(items, c.block + 1), turn = 0;
-    int last_n = -1, last_kv = -1;
-    float q[GROUP_HEADS][DIMS];
+    static_assert(GROUP_HEADS % 2 == 0, "the key and the value are a pair");
+    const float* projected = a.projected + (long long)item.n * PROJECTED_STRIDE + DIMS * c.lane;
+    const float* norm = layer_parameters(a.parameters, layer) + 2 * HIDDEN;
+    NormAndRope constants = fetch_norm_and_rope(norm, a.rope + (long long)item.position * (ROTARY_DIM / 2), c.lane);
 #pragma unroll 1
-    for (int i = item_begin(items, c.block); i < end_item; ++i) {
-        AttentionItem item(a, rows, first_item, i);
-        bool is_new = item.n != last_n || item.kv_head != last_kv;
-        if (is_new || item.is_last) {
-            prepare_heads(c, a, rows, shared, item, layer, i % 2);
-            consumer_barrier();
-            last_n = item.n, last_kv = item.kv_head;
+    for (int i = 0; i < (is_last ? GROUP_HEADS + 2 : GROUP_HEADS); i += 2) {
+        bool is_query = i < GROUP_HEADS;
+        float x[2][DIMS];
 #pragma unroll
-            for (int h = 0; h < GROUP_HEADS; ++h) {
-                const float4* from = (const float4*)(shared.queries[h] + DIMS * c.lane);
-                float4 low = from[0], high = from[1];
-                q[h][0] = low.x, q[h][1] = low.y, q[h][2] = low.z, q[h][3] = low.w;
-                q[h][4] = high.x, q[h][5] = high.y, q[h][6] = high.z, q[h][7] = high.w;
-            }
+        for (int j = 0; j < 2; ++j) {
+            const float* head = projected + (is_query ? (item.kv_head * GROUP_HEADS + i + j) * 2 * HEAD_DIM : 2 * QUERY_DIM + j * KV_DIM + item.kv_head * HEAD_DIM);
+            float4 v[2] = {load_l2_float4(head), load_l2_float4(head + 4)};
+            x[j][0] = v[0].x, x[j][1] = v[0].y, x[j][2] = v[0].z, x[j][3] = v[0].w;
+            x[j][4] = v[1].x, x[j][5] = v[1].y, x[j][6] = v[1].z, x[j][7] = v[1].w;
         }
-        float out[GROUP_HEADS][2], peak[GROUP_HEADS], total[GROUP_HEADS];
+        if (!is_query)
 #pragma unroll
-        for (int h = 0; h < GROUP_HEADS; ++h) out[h][0] = out[h][1] = total[h] = 0, peak[h] = -1e30f;
+            for (int d = 0; d < DIMS; ++d) constants.weight[d] = load_constant(norm + HEAD_DIM + c.lane * DIMS + d);
+        norm_and_turn(x[0], constants, c.lane);
+        if (is_query) {
+            norm_and_turn(x[1], constants, c.lane);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int d = 0; d < DIMS; ++d) x[j][d] *= SCALE;
+                shared.queries[i + j][c.lane] = pack8(x[j]);
+            }
+        } else {
+            u16* to = item.keys(layer) + (long long)item.position * HEAD_DIM + DIMS * c.lane;
+            fresh[0] = pack8(x[0]), fresh[1] = pack8(x[1]);
+            *(uint4*)to = fresh[0];
+            *(uint4*)(to + item.distance()) = fresh[1];
+        }
+    }
+    __syncwarp();
+}
+
+// Waits until `stage` has landed. A warp does not take every stage, so that its count may be of any before.
+__device__ __forceinline__ void await_stage(Consumer& c, u32 stage) {
+    while ((int)((c.landed = *c.ring.landed) - stage) <= 0) c.watchdog.check();
+    asm volatile("" ::: "memory");
+}
+
+// One item, whose stages begin at c.next.
+__device__ __forceinline__ void attend_item(Consumer& c, const BatchArguments& a, WarpAttention& shared, const AttentionItem& item, int layer) {
+    int end = item.end();
+    bool is_last = end == item.position + 1;
+    uint4 fresh[2];
+    prepare_heads(c, a, shared, item, layer, is_last, fresh);
+    const uint4* query = shared.queries[min(c.lane / 4, GROUP_HEADS - 1)] + c.lane % 4;
+
+    // Lane l speaks for heads 2 (l % 4) and the next, and for positions l / 4 and l / 4 + 8, or as many dims.
+    float out[DIM_TILES][2][4] = {}, peak[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
 #pragma unroll 1
-        for (int first = item.begin; first < item.end; first += CHUNK_POSITIONS, turn ^= 1) {
-            int count = min(CHUNK_POSITIONS, item.end - first), fresh = item.is_last ? item.end - 1 - first : -1;
-            const u8* keys = next_stage(c);
-            float sums[SCORES];
+    for (int first = item.begin(); first < end; first += CHUNK_POSITIONS) {
+        int count = min(CHUNK_POSITIONS, end - first);
+        u8* stages[2];
 #pragma unroll
-            for (int p = 0; p < WARP_POSITIONS; ++p) {
-                int place = c.warp * WARP_POSITIONS + p;
-                float k[DIMS];
-                unpack8(k, ((const uint4*)(place == fresh ? (const u8*)shared.fresh[i % 2][0] : keys + place * 2 * HEAD_DIM))[c.lane]);
+        for (int i = 0; i < 2; ++i) {
+            await_stage(c, c.next.stage);
+            stages[i] = c.ring.slots + c.next.slot * STAGE_BYTES;
+            c.next.advance();
+        }
+        if (is_last && first + count == end) {  // the position of this step's token: what came of it is old
 #pragma unroll
-                for (int h = 0; h < PADDED_HEADS; ++h) {
-                    float sum = 0;
-                    if (h < GROUP_HEADS)
+            for (int i = 0; i < 2; ++i) ((uint4*)(stages[i] + (count - 1) * POSITION_BYTES))[c.lane] = fresh[i];
+            __syncwarp();
+        }
+#pragma unroll 1
+        for (int start = 0; start < count; start += HALF_CHUNK) {
+            int rows[2] = {min(start + c.lane / 4, count - 1) * POSITION_BYTES + c.lane % 4 * 16, min(start + 8 + c.lane / 4, count - 1) * POSITION_BYTES + c.lane % 4 * 16};
+            float even[4] = {}, scores[4] = {};
+#pragma unroll 4
+            for (int t = 0; t < DIM_TILES; ++t) {
+                uint4 low = *(const uint4*)(stages[0] + rows[0] + 64 * t), high = *(const uint4*)(stages[0] + rows[1] + 64 * t), v = query[4 * t];
+                const u32 first_half[4] = {low.x, high.x, low.y, high.y}, second_half[4] = {low.z, high.z, low.w, high.w};
+                multiply16(even, first_half, v.x, v.y);
+                multiply16(scores, second_half, v.z, v.w);
+            }
+            float shrink[2];
 #pragma unroll
-                        for (int d = 0; d < DIMS; ++d) sum = fmaf(k[d], q[h < GROUP_HEADS ? h : 0][d], sum);
-                    sums[p * PADDED_HEADS + h] = sum;
+            for (int i = 0; i < 2; ++i) {
+                scores[i] = start + c.lane / 4 < count ? scores[i] + even[i] : -1e30f;
+                scores[2 + i] = start + 8 + c.lane / 4 < count ? scores[2 + i] + even[2 + i] : -1e30f;
+                float best = fmaxf(peak[i], fmaxf(scores[i], scores[2 + i]));
+#pragma unroll
+                for (int offset = 4; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, offset));
+                shrink[i] = exp2_fast(peak[i] - best);
+                peak[i] = best;
+                scores[i] = exp2_fast(scores[i] - best);
+                scores[2 + i] = exp2_fast(scores[2 + i] - best);
+                total[i] = fmaf(total[i], shrink[i], scores[i]) + scores[2 + i];
+            }
+            u32 weights[2] = {transpose8(pack2(scores[0], scores[1])), transpose8(pack2(scores[2], scores[3]))};
+#pragma unroll
+            for (int t = 0; t < DIM_TILES; ++t) {
+                uint4 v = *(const uint4*)(stages[1] + rows[0] + 64 * t), w = *(const uint4*)(stages[1] + rows[1] + 64 * t);
+                const u32 low[4] = {v.x, v.y, v.z, v.w}, high[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+                for (int p = 0; p < 2; ++p) {
+                    float(&o)[4] = out[t][p];
+                    o[0] *= shrink[0], o[1] *= shrink[1], o[2] *= shrink[0], o[3] *= shrink[1];
+                    const u32 dims[4] = {transpose8(low[2 * p]), transpose8(low[2 * p + 1]), transpose8(high[2 * p]), transpose8(high[2 * p + 1])};
+                    multiply16(o, dims, weights[0], weights[1]);
                 }
             }
-            release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
-            float score = warp_sum_scatter(sums, c.lane);
-            int own = c.lane / LANES_A_SCORE;
-            if (c.lane % LANES_A_SCORE == 0) shared.scores[turn][c.warp * WARP_POSITIONS + own / PADDED_HEADS][own % PADDED_HEADS] = score;
-            consumer_barrier();
-            float (*weights)[PADDED_HEADS] = shared.weights[c.warp];
-#pragma unroll
-            for (int h = 0; h < GROUP_HEADS; ++h) {
-                float own_score = c.lane < count ? shared.scores[turn][c.lane][h] : -1e30f;
-                float best = fmaxf(peak[h], warp_max(own_score)), shrink = exp2_fast(peak[h] - best), weight = exp2_fast(own_score - best);
-                peak[h] = best;
-                total[h] = fmaf(total[h], shrink, warp_sum(weight));
-                out[h][0] *= shrink, out[h][1] *= shrink;
-                weights[c.lane][h] = weight;
-            }
-            const u8* values = next_stage(c);
-            __syncwarp();
-            int column = c.warp * 64 + c.lane % 16 * 4;  // bytes: two dims
-#pragma unroll 4
-            for (int p = c.lane / 16; p < CHUNK_POSITIONS; p += 2) {
-                u32 v = *(const u32*)((p == fresh ? (const u8*)shared.fresh[i % 2][1] : values + p * 2 * HEAD_DIM) + column);
-                if (p >= count) v = 0;
-                float low = low_half(v), high = high_half(v);
-#pragma unroll
-                for (int h = 0; h < GROUP_HEADS; ++h) out[h][0] = fmaf(weights[p][h], low, out[h][0]), out[h][1] = fmaf(weights[p][h], high, out[h][1]);
-            }
-            release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
         }
-        float* to = partial_place(a, item.n, item.kv_head * GROUP_HEADS, item.split);
-#pragma unroll
-        for (int h = 0; h < GROUP_HEADS; ++h, to += (long long)a.most_splits * PARTIAL_STRIDE) {
-            float low = out[h][0] + __shfl_xor_sync(0xFFFFFFFFu, out[h][0], 16), high = out[h][1] + __shfl_xor_sync(0xFFFFFFFFu, out[h][1], 16);
-            if (c.lane / 16 == h % 2) *(float2*)(to + c.warp * 32 + c.lane % 16 * 2) = make_float2(low, high);
-            if (c.thread == 0) *(float2*)(to + HEAD_DIM) = make_float2(peak[h], total[h]);
-        }
+        if (is_last) fence_async();  // a bulk copy comes where `fresh` was written
+        release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) total[i] += __shfl_xor_sync(0xFFFFFFFFu, total[i], offset);
+    }
+    if (c.lane % 4 * 2 >= GROUP_HEADS) return;
+    float* to = partial_place(a, item.n, item.kv_head * GROUP_HEADS + c.lane % 4 * 2, item.split) + c.lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (c.lane % 4 * 2 + i >= GROUP_HEADS) break;
+        if (c.lane < 4) *(float2*)(to + HEAD_DIM) = make_float2(peak[i], total[i]);
+#pragma unroll
+        for (int t = 0; t < DIM_TILES; ++t)
+#pragma unroll
+            for (int p = 0; p < 4; ++p) to[32 * t + 8 * p] = out[t][p / 2][p % 2 * 2 + i];
+        to += (long long)a.most_splits * PARTIAL_STRIDE;
+    }
+}
+
+// All items of this block, one after the other to the warps in turn.
+__device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a, const Rows& rows, const int* first_item, WarpAttention* shared, int layer) {
+    int items = first_item[a.rows], first = item_begin(items, c.block), end = item_begin(items, c.block + 1);
+    if (first == end) return;
+    RingPosition at = c.next;
+    AttentionItem item(a, rows, first_item, first);
+#pragma unroll 1
+    for (int i = first; i < end; ++i, item.advance()) {
+        if ((i - first) % CONSUMER_WARPS == c.warp) {
+            release_stage(c.ring, at.stage - 1, c.warp, c.lane);  // those of the others' items
+            c.next = at;
+            attend_item(c, a, shared[c.warp], item, layer);
+            __syncwarp();
+        }
+        int stages = 2 * item.chunks();
+        at.stage += stages, at.slot += stages;
+        while (at.slot >= RING_STAGES) at.slot -= RING_STAGES, ++at.round;
+    }
+    release_stage(c.ring, at.stage - 1, c.warp, c.lane);
+    await_stage(c, at.stage - 1);
+    c.next = at;
 }
 
 // Merges the splits of (row, head, half of its dims), applies the output gate.
@@ -215,7 +278,9 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
         int n = item / (HEADS * HALVES), head = item / HALVES % HEADS, place = item % HALVES * 128 + 4 * c.lane;
         if (!rows.kind[n]) continue;
         int count = batch_splits(rows.position[n]).count;
-        float4 gate = load_l2_float4(a.projected + (long long)n * PROJECTED_STRIDE + head * 2 * HEAD_DIM + HEAD_DIM + place);
+        int dim = partial_dim(place);  // and the next, then those 8 dims on
+        const float* gates = a.projected + (long long)n * PROJECTED_STRIDE + head * 2 * HEAD_DIM + HEAD_DIM + dim;
+        float4 gate = make_float4(load_l2_float(gates), load_l2_float(gates + 1), load_l2_float(gates + 8), load_l2_float(gates + 9));
         float4 o = make_float4(0, 0, 0, 0);
         float peak = -1e30f, total = 0;
 #pragma unroll 1
@@ -241,7 +306,7 @@ __device__ __forceinline__ void merge_rows(Consumer& c, const BatchArguments& a,
             }
         }
         float inverse = 1.0f / total;
-        *(u32*)operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + place) = pack2(o.x * inverse * quick_sigmoid(gate.x), o.y * inverse * quick_sigmoid(gate.y));
-        *(u32*)operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + place + 2) = pack2(o.z * inverse * quick_sigmoid(gate.z), o.w * inverse * quick_sigmoid(gate.w));
+        *(u32*)operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + dim) = pack2(o.x * inverse * quick_sigmoid(gate.x), o.y * inverse * quick_sigmoid(gate.y));
+        *(u32*)operand_place<QUERY_DIM>(a.mixed, n, head * HEAD_DIM + dim + 8) = pack2(o.z * inverse * quick_sigmoid(gate.z), o.w * inverse * quick_sigmoid(gate.w));
     }
 }

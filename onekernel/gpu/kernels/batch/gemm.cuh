@@ -280,19 +280,29 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                 if (rows == 16) at[1] = next_stage();
                 if (Place::GROUPS == 1 && Place::row_warp(c)) at[0] = at[1];
                 const uint4* weights = (const uint4*)c.ring.slots;
+                auto tile = [&](int g, int i, int slice) {
+                    uint4 w = weights[at[g] + (slice * count + i) * 32];
+                    const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
+                    multiply16(acc[slice][g], columns[0], w.x, w.y);
+                    multiply16(acc[slice][g], columns[1], w.z, w.w);
+                };
+                if constexpr (IN_REGISTERS && TILES == TILES_PER_STAGE) {  // a group after the other: fewer sums at a time
 #pragma unroll
-                for (int i = 0; i < TILES_PER_STAGE; ++i) {
-                    if (i >= count) break;
-                    if (!IN_REGISTERS) load(0, first + i);
+                    for (int g = 0; g < Place::GROUPS; ++g)
 #pragma unroll
-                    for (int slice = 0; slice < HALF_SLICES; ++slice)
+                        for (int i = 0; i < TILES_PER_STAGE; ++i)
 #pragma unroll
-                        for (int g = 0; g < Place::GROUPS; ++g) {
-                            uint4 w = weights[at[g] + (slice * count + i) * 32];
-                            const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
-                            multiply16(acc[slice][g], columns[0], w.x, w.y);
-                            multiply16(acc[slice][g], columns[1], w.z, w.w);
-                        }
+                            for (int slice = 0; slice < HALF_SLICES; ++slice) tile(g, i, slice);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < TILES_PER_STAGE; ++i) {
+                        if (i >= count) break;
+                        if (!IN_REGISTERS) load(0, first + i);
+#pragma unroll
+                        for (int slice = 0; slice < HALF_SLICES; ++slice)
+#pragma unroll
+                            for (int g = 0; g < Place::GROUPS; ++g) tile(g, i, slice);
+                    }
                 }
                 residence.release(c);
             };

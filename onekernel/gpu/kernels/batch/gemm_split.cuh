@@ -139,22 +139,22 @@ __device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a,
             int count = group + 1 < end ? 16 : 8, row = ResidualPlace::row(c);
             u64 sums[COLUMNS][CONSUMER_WARPS] = {};
             if (row < count) {
-                const u64* from = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + row;
+                const u64* from = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + row + ResidualPlace::column(c, 0) * SHARED_ROWS;
                 c.watchdog.spins = 0;
-                while (true) {
-                    bool all = true;
+                bool all;
+                do {
 #pragma unroll
                     for (int i = 0; i < COLUMNS; ++i)
 #pragma unroll
                         for (int slice = 0; slice < CONSUMER_WARPS; ++slice)
-                            sums[i][slice] = load_relaxed64(from + (long long)(slice * PASS_COLUMNS + ResidualPlace::column(c, i)) * SHARED_ROWS);
+                            sums[i][slice] = load_relaxed64(from + (slice * PASS_COLUMNS + i * (PASS_COLUMNS / COLUMNS)) * SHARED_ROWS);
+                    all = true;
 #pragma unroll
                     for (int i = 0; i < COLUMNS; ++i)
 #pragma unroll
                         for (int slice = 0; slice < CONSUMER_WARPS; ++slice) all &= (u32)(sums[i][slice] >> 32) == product;
-                    if (all) break;
-                    c.watchdog.check();
-                }
+                    if (!all) c.watchdog.check();
+                } while (!all);
             }
             __syncwarp();
             finish(0, pass, 8 * group, count, [&](int i) { return sum_of_slices([&](int slice) { return __uint_as_float((u32)sums[i][slice]); }); });

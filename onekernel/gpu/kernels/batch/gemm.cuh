@@ -10,13 +10,13 @@
 
 constexpr int MOST_OPERANDS = 32;  // tiles of the input that a warp keeps in registers
 
-// The sum of the slices, in the one order in which all forms of a product add them.
+// The sum of the slices, in the one order in which all forms of a product add them: pairs, their pairs, and those two.
 template <class Slice>
 __device__ __forceinline__ float sum_of_slices(Slice slice) {
-    float low = slice(0), high = slice(CONSUMER_WARPS / 2);
+    float pairs[CONSUMER_WARPS / 2];
 #pragma unroll
-    for (int i = 1; i < CONSUMER_WARPS / 2; ++i) low += slice(i), high += slice(CONSUMER_WARPS / 2 + i);
-    return low + high;
+    for (int i = 0; i < CONSUMER_WARPS / 2; ++i) pairs[i] = slice(2 * i) + slice(2 * i + 1);
+    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
 // 16 rows of the batch (or 8 and nothing) as the 16 rows of tensor-core products with a tile of 32 columns of weights, the
@@ -136,24 +136,27 @@ struct DeepPlace {
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 8;  // of the lane
     static_assert(CONSUMER_WARPS * 32 == 256, "256 threads");
 };
-// A warp has 16 columns of the pass and a half of the matrix's. Where there are 32 columns it has one of the two row
-// groups, and of two warps that exchange halves of a sum, each finishes 8 columns; where there are 64 it has both row
-// groups, and finishes one of them.
+// A warp has 16 columns of the pass, both row groups, and a part of the matrix's columns: a half where there are 64
+// columns, a quarter where there are 32. Of the warps that exchange their parts of a sum, each finishes a row group, or
+// eight columns of one.
 struct WidePlace {
-    static constexpr int COLUMN_WARPS = COLUMN_GROUPS >= 8 ? 4 : 2, ROW_WARPS = 4 / COLUMN_WARPS, GROUPS = 2 / ROW_WARPS;
-    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = GROUPS, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
-    __device__ __forceinline__ static int half(const Consumer& c) { return c.warp / 4; }
+    static constexpr int PARTS = COLUMN_GROUPS >= 8 ? 2 : 4, COLUMN_WARPS = CONSUMER_WARPS / PARTS, SLICES = CONSUMER_WARPS / PARTS;
+    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = 4 / PARTS, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
+    static constexpr int EXCHANGED = PARTS == 2 ? 4 : 8;  // sums a lane
+    __device__ __forceinline__ static int part(const Consumer& c) { return c.warp / COLUMN_WARPS; }
     __device__ __forceinline__ static int column_warp(const Consumer& c) { return c.warp % COLUMN_WARPS; }
-    __device__ __forceinline__ static int row_warp(const Consumer& c) { return c.warp % 4 / COLUMN_WARPS; }
     __device__ __forceinline__ static int pair(const Consumer&, int) { return 0; }
-    __device__ __forceinline__ static int group(const Consumer& c) { return GROUPS == 2 ? half(c) : row_warp(c); }
+    __device__ __forceinline__ static int group(const Consumer& c) { return part(c) / (PARTS / 2); }
     __device__ __forceinline__ static int row(const Consumer& c, int i) { return 8 * group(c) + c.lane % 4 * 2 + i % 2; }
-    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * column_warp(c) + c.lane / 4 + 8 * (GROUPS == 2 ? j : half(c)); }
+    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * column_warp(c) + c.lane / 4 + 8 * (PARTS == 2 ? j : part(c) % 2); }
     __device__ __forceinline__ static int candidate(const Consumer& c) { return group(c); }
+    // Whether this warp finishes element i of row group g, and where it stands among those that are exchanged.
+    __device__ __forceinline__ static bool is_own(const Consumer& c, int g, int i) { return g == group(c) && (PARTS == 2 || i / 2 == part(c) % 2); }
+    __device__ __forceinline__ static int exchanged(int g, int i) { return PARTS == 2 ? i : 4 * g + i; }
+    __device__ __forceinline__ static int own_element(const Consumer& c, int i) { return PARTS == 2 ? i : 4 * group(c) + part(c) % 2 * 2 + i; }
     static constexpr int UP = 2;
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 2;
 };
-constexpr int HALF_SLICES = CONSUMER_WARPS / 2;
 // Of the products whose input is the residual stream: the wide form where there are columns enough.
 constexpr bool IS_WIDE = COLUMN_GROUPS >= 4;
 template <bool WIDE>
@@ -234,29 +237,28 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
     }
 }
 
-using Exchange = float[2][WidePlace::ELEMENTS][32];  // between two warps
-constexpr int EXCHANGE_BYTES = 2 * 4 * sizeof(Exchange);
+using Exchange = float[WidePlace::PARTS][WidePlace::EXCHANGED][32];  // between the warps with the same columns
+constexpr int EXCHANGE_BYTES = 2 * WidePlace::COLUMN_WARPS * sizeof(Exchange);
 
-// As gemm, for many columns: a warp has half of the matrix's columns, and two exchange what they have of each other's
-// results. No barrier of all warps, and an eighth of the
-// traffic through shared memory.
+// As gemm, for many columns: a warp has a part of the matrix's columns, and few warps exchange what they have of each
+// other's results. No barrier of all warps, and less traffic through shared memory.
 template <int ROWS, int WIDTH, class Finish>
 __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
     using Place = WidePlace;
     constexpr int TILES = WIDTH / CONSUMER_WARPS / 32, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE, GROUPS = (ROWS + 7) / 8;
-    constexpr bool IN_REGISTERS = HALF_SLICES * TILES * 2 <= MOST_OPERANDS;
+    constexpr bool IN_REGISTERS = Place::SLICES * TILES * 2 <= MOST_OPERANDS;
     constexpr int HELD = IN_REGISTERS ? TILES : 1;
     c.locate();
-    int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), half = Place::half(c);
+    int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), part = Place::part(c);
     Residence residence(c, stages_of(end - begin, TILES));
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS / 2 + Place::column_warp(c)) * (WIDTH / 32) + half * HALF_SLICES * TILES) * OPERAND_TILE + c.lane * 16;
-        SixteenColumns x[HELD][HALF_SLICES];
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS / 2 + Place::column_warp(c)) * (WIDTH / 32) + part * Place::SLICES * TILES) * OPERAND_TILE + c.lane * 16;
+        SixteenColumns x[HELD][Place::SLICES];
         auto load = [&](int held, int tile) {
 #pragma unroll
-            for (int slice = 0; slice < HALF_SLICES; ++slice) load_columns(x[held][slice], source + (slice * TILES + tile) * OPERAND_TILE);
+            for (int slice = 0; slice < Place::SLICES; ++slice) load_columns(x[held][slice], source + (slice * TILES + tile) * OPERAND_TILE);
         };
         if (IN_REGISTERS)
 #pragma unroll
@@ -267,42 +269,31 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
         for (int group = begin; group < end; group += 2) {
             int rows = min(2, end - group) * 8;
             finish.prepare(0, pass, 8 * group, rows);
-            float acc[HALF_SLICES][Place::GROUPS][4] = {};
+            float acc[Place::SLICES][2][4] = {};
             auto multiply = [&](int first, int count) {
                 auto next_stage = [&]() {
                     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-                    u32 at = c.next.slot * (STAGE_BYTES / 16) + half * HALF_SLICES * count * 32 + c.lane;
+                    u32 at = c.next.slot * (STAGE_BYTES / 16) + part * Place::SLICES * count * 32 + c.lane;
                     c.next.advance();
                     return at;
                 };
                 u32 at[2] = {next_stage(), 0};
                 at[1] = at[0];  // a single group twice: nobody looks at the other's results
                 if (rows == 16) at[1] = next_stage();
-                if (Place::GROUPS == 1 && Place::row_warp(c)) at[0] = at[1];
                 const uint4* weights = (const uint4*)c.ring.slots;
-                auto tile = [&](int g, int i, int slice) {
-                    uint4 w = weights[at[g] + (slice * count + i) * 32];
-                    const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
-                    multiply16(acc[slice][g], columns[0], w.x, w.y);
-                    multiply16(acc[slice][g], columns[1], w.z, w.w);
-                };
-                if constexpr (IN_REGISTERS && TILES == TILES_PER_STAGE) {  // a group after the other: fewer sums at a time
 #pragma unroll
-                    for (int g = 0; g < Place::GROUPS; ++g)
+                for (int i = 0; i < TILES_PER_STAGE; ++i) {
+                    if (i >= count) break;
+                    if (!IN_REGISTERS) load(0, first + i);
 #pragma unroll
-                        for (int i = 0; i < TILES_PER_STAGE; ++i)
+                    for (int slice = 0; slice < Place::SLICES; ++slice)
 #pragma unroll
-                            for (int slice = 0; slice < HALF_SLICES; ++slice) tile(g, i, slice);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < TILES_PER_STAGE; ++i) {
-                        if (i >= count) break;
-                        if (!IN_REGISTERS) load(0, first + i);
-#pragma unroll
-                        for (int slice = 0; slice < HALF_SLICES; ++slice)
-#pragma unroll
-                            for (int g = 0; g < Place::GROUPS; ++g) tile(g, i, slice);
-                    }
+                        for (int g = 0; g < 2; ++g) {
+                            uint4 w = weights[at[g] + (slice * count + i) * 32];
+                            const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
+                            multiply16(acc[slice][g], columns[0], w.x, w.y);
+                            multiply16(acc[slice][g], columns[1], w.z, w.w);
+                        }
                 }
                 residence.release(c);
             };
@@ -314,26 +305,26 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                 for (int s = 0; s < FULL_STAGES; ++s) multiply(s * TILES_PER_STAGE, TILES_PER_STAGE);
             }
             if constexpr (REST) multiply(FULL_STAGES * TILES_PER_STAGE, REST);
-            // The sums of this half of the slices. Of two row groups, or of 16 columns, the lower warp finishes the first.
-            Exchange* exchange = (Exchange*)sums + (c.buffer * 4 + c.warp % 4);
+            Exchange* exchange = (Exchange*)sums + (c.buffer * Place::COLUMN_WARPS + Place::column_warp(c));
             float own[Place::ELEMENTS];
 #pragma unroll
-            for (int g = 0; g < Place::GROUPS; ++g)
+            for (int g = 0; g < 2; ++g)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    float sum = acc[0][g][i];
-#pragma unroll
-                    for (int slice = 1; slice < HALF_SLICES; ++slice) sum += acc[slice][g][i];
-                    bool lower = Place::GROUPS == 2 ? g == 0 : i < 2;
-                    int element = Place::GROUPS == 2 ? i : i % 2;
-                    if (lower == (half == 0))
-                        own[element] = sum;
+                    float sum = acc[0][g][i] + acc[1][g][i];
+                    if constexpr (Place::SLICES == 4) sum += acc[2][g][i] + acc[3][g][i];
+                    if (Place::is_own(c, g, i))
+                        own[i % Place::ELEMENTS] = sum;
                     else
-                        (*exchange)[half][element][c.lane] = sum;
+                        (*exchange)[part][Place::exchanged(g, i)][c.lane] = sum;
                 }
-            group_barrier(2 + c.warp % 4, 64);
+            group_barrier(2 + Place::column_warp(c), 32 * Place::PARTS);
             if (Place::group(c) == 0 || rows == 16)
-                finish(0, pass, 8 * group, rows, [&](int i) { return own[i] + (*exchange)[1 - half][i][c.lane]; });
+                finish(0, pass, 8 * group, rows, [&](int i) {
+                    auto of = [&](int p) { return p == part ? own[i] : (*exchange)[p][Place::own_element(c, i)][c.lane]; };
+                    if constexpr (Place::PARTS == 2) return own[i] + (*exchange)[1 - part][i][c.lane];
+                    else return (of(0) + of(1)) + (of(2) + of(3));
+                });
             c.buffer ^= 1;
         }
         finish.end(pass);

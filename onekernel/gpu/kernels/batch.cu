@@ -34,7 +34,7 @@ struct Shared {
     float residual[RESIDUAL_ROWS][BATCH_COLUMNS];
     float4 taps[LINEAR_ROWS];
     float inverse[BATCH_COLUMNS], squares[RESIDUAL_PAIRS][BATCH_COLUMNS];
-    float head_squares[2][CONSUMER_WARPS];
+    float head_squares[4][CONSUMER_WARPS];
     int first_item[BATCH_COLUMNS + 1];  // of attention, of each row in this step; then how many there are
     volatile u32 finished;
     volatile int counted;  // in how many steps the items of attention

@@ -155,12 +155,6 @@ __device__ __forceinline__ void prepare_heads(const Consumer& c, const BatchArgu
     __syncwarp();
 }
 
-// Waits until `stage` has landed. A warp does not take every stage, so that its count may be of any before.
-__device__ __forceinline__ void await_stage(Consumer& c, u32 stage) {
-    while ((int)((c.landed = *c.ring.landed) - stage) <= 0) c.watchdog.check();
-    asm volatile("" ::: "memory");
-}
-
 // One item, whose stages begin at c.next.
 __device__ __forceinline__ void attend_item(Consumer& c, const BatchArguments& a, WarpAttention& shared, const AttentionItem& item, int layer) {
     int end = item.end();
@@ -179,7 +173,7 @@ __device__ __forceinline__ void attend_item(Consumer& c, const BatchArguments& a
         for (int i = 0; i < 2; ++i) {
             await_stage(c, c.next.stage);
             stages[i] = c.ring.slots + c.next.slot * STAGE_BYTES;
-            c.next.advance();
+            advance_ring(c.next, 1);
         }
         if (is_last && first + count == end) {  // the position of this step's token: what came of it is old
 #pragma unroll
@@ -261,9 +255,7 @@ __device__ __forceinline__ void attend_rows(Consumer& c, const BatchArguments& a
             attend_item(c, a, shared[c.warp], item, layer);
             __syncwarp();
         }
-        int stages = 2 * item.chunks();
-        at.stage += stages, at.slot += stages;
-        while (at.slot >= RING_STAGES) at.slot -= RING_STAGES, ++at.round;
+        advance_ring(at, 2 * item.chunks());
     }
     release_stage(c.ring, at.stage - 1, c.warp, c.lane);
     await_stage(c, at.stage - 1);

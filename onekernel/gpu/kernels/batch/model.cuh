@@ -80,6 +80,17 @@ __device__ __forceinline__ u16* keys_of(u8* state, int layer, int max_context) {
     return (u16*)(state + LINEAR_LAYERS * LINEAR_STATE * 4) + (long long)full_layers_before(layer) * 2 * KV_DIM * max_context;
 }
 
+// Where a warp does not take every stage of the ring: it passes over those of the others, and its count of what has
+// landed may be of any stage before.
+__device__ __forceinline__ void advance_ring(RingPosition& at, int stages) {
+    at.stage += stages, at.slot += stages;
+    while (at.slot >= RING_STAGES) at.slot -= RING_STAGES, ++at.round;
+}
+__device__ __forceinline__ void await_stage(Consumer& c, u32 stage) {
+    while ((int)((c.landed = *c.ring.landed) - stage) <= 0) c.watchdog.check();
+    asm volatile("" ::: "memory");
+}
+
 // The barrier over all blocks, in two halves: what lies between them may use nothing that other blocks write.
 struct GridBarrier {
     const BatchArguments& a;

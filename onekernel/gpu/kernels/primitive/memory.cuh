@@ -63,8 +63,9 @@ __device__ __forceinline__ void load_l2_if(float4& v, const float* p, bool wante
 }
 
 // Stores four words at once, where `wanted`. Said in so many words: the compiler may make four stores of an assignment.
+// They are not read again soon: they give way to others in L2, and leave it sooner.
 __device__ __forceinline__ void store4_if(float* p, float4 v, bool wanted) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.f32 [%4], {%0, %1, %2, %3};}" ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "l"(p), "r"((u32)wanted)
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.cs.v4.f32 [%4], {%0, %1, %2, %3};}" ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "l"(p), "r"((u32)wanted)
                  : "memory");
 }
 

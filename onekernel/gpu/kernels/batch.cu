@@ -61,6 +61,8 @@ struct Producer {
     Shared* shared;
     Watchdog watchdog;
     bool finished;
+    const BatchArguments* windows;  // with in_proj's weights, of layer `layer` in a step of that parity; or null
+    int layer, parity;
 
     __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
         int groups = (rows + 7) / 8;
@@ -87,7 +89,27 @@ struct Producer {
                     stage(from, in_flight, bytes, 1);
                     if (group + 1 < own) stage(from + columns * 16, in_flight, bytes, 1);
                     if (finished) return;
+                    if (WINDOWS_IN_RING && windows && at + TILES_PER_STAGE >= tiles && (group + 2 >= own || (group + 2) % WINDOW_GROUPS == 0))
+                        window_stage(group / WINDOW_GROUPS * WINDOW_GROUPS, own, groups, in_flight);
                 }
+    }
+
+    // The conv windows of the channels of row groups `first` and up of this block's `own` of `groups`.
+    __device__ __forceinline__ void window_stage(int first, int own, int groups, u32 in_flight) {
+        const Rows& rows = shared->rows;
+        int begin = 8 * (first_group(groups, blockIdx.x) + first), end = min(begin + 8 * min(WINDOW_GROUPS, own - first), CONV_DIM), lane = threadIdx.x % 32;
+        if (begin >= end) return;
+        await_slot(in_flight);
+        if (finished) return;
+        u32 bytes = (end - begin) * 16, count = 0;
+#pragma unroll 1
+        for (int n = lane; n - lane < windows->rows; n += 32) count += __popc(__ballot_sync(0xFFFFFFFFu, n < windows->rows && rows.streamed[parity][n]));
+        expect_pieces(ring, next, bytes * count);
+#pragma unroll 1
+        for (int n = lane; n < windows->rows; n += 32)
+            if (rows.streamed[parity][n]) fill_piece(ring, next, n * WINDOW_BYTES, (const u8*)(conv_window(rows.state[n], layer) + 4 * begin), bytes);
+        finish_pieces(ring, next);
+        next.advance();
     }
 
     // Streams this block's slices of the rows of the blocks that share, four groups at a time.
@@ -181,7 +203,7 @@ struct Producer {
 
 __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared, Ring ring) {
     int block = min((int)blockIdx.x / SHARING * SHARING + (int)threadIdx.x % SHARING, BLOCKS - 1);
-    Producer p{ring, nullptr, block, {0, 0, 0}, &shared, ring_watchdog(a), false};
+    Producer p{ring, nullptr, block, {0, 0, 0}, &shared, ring_watchdog(a), false, nullptr, 0, 0};
 #pragma unroll 1
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[block];
@@ -191,6 +213,7 @@ __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared,
             bool full = is_full(layer % LAYERS);
             int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
             int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
+            p.windows = which == 0 && !full ? &a : nullptr, p.layer = layer % LAYERS, p.parity = step % 2;
             p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
             if (which == 0 && full) p.cache(a, layer, step);
             if (which == 0 && !full) p.states(a, layer, step % 2);

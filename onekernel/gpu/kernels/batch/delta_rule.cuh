@@ -35,6 +35,30 @@ __device__ __forceinline__ void fill_state_stage(Ring& ring, RingPosition at, co
 #endif
 }
 
+// A stage of pieces: `expect_pieces` says how many bytes come in all, a lane brings a piece with `fill_piece`.
+__device__ __forceinline__ void expect_pieces(Ring& ring, RingPosition at, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0) mbarrier_expect(ring.arrivals + at.slot, bytes);
+    __syncwarp();
+#endif
+}
+__device__ __forceinline__ void fill_piece(Ring& ring, RingPosition at, u32 offset, const u8* source, u32 bytes) {
+    u8* slot = ring.slots + at.slot * STAGE_BYTES + offset;
+#if __CUDA_ARCH__ >= 900
+    bulk_copy(slot, source, bytes, ring.arrivals + at.slot);
+#else
+    for (u32 i = 0; i < bytes; i += 16) *(uint4*)(slot + i) = load_l2(source + i);
+#endif
+}
+__device__ __forceinline__ void finish_pieces(Ring& ring, RingPosition at) {
+    __syncwarp();
+#if __CUDA_ARCH__ < 900
+    __threadfence_block();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) *ring.landed = at.stage + 1;
+#endif
+}
+
 // ---- consumers ----
 
 // Where a block has several items, half of its warps take every other one: some multiply while the others store.

@@ -50,6 +50,8 @@ struct Finish {
     __device__ __forceinline__ void begin(int) {}
     __device__ __forceinline__ void prepare(int, int, int, int) {}
     __device__ __forceinline__ void end(int) {}
+    // Takes the stage of windows behind the weights of rows `first` and up, if there is one.
+    __device__ __forceinline__ bool take_windows(Consumer&, int) { return false; }
 };
 
 // Of a product whose input is the residual stream, times the weights of the norm and in 16 bits.
@@ -67,8 +69,17 @@ struct LinearProjection : NormedFinish {
     LinearLayer layer;
     int index;     // of the layer
     float4* taps;  // shared [LINEAR_ROWS]: of this block's rows what they need of the parameters
-    float4 window[NormedPlace::UNITS][NormedPlace::ELEMENTS];
+    float4 window[NormedPlace::UNITS][NormedPlace::ELEMENTS];  // where they do not come through the ring
+    const u8* stage;    // where they do; of rows stage_first and up
+    int stage_first;
 
+    __device__ __forceinline__ bool take_windows(Consumer& c, int first) {
+        if (!WINDOWS_IN_RING || first >= CONV_DIM) return false;
+        if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+        stage = c.ring.slots + c.next.slot * STAGE_BYTES, stage_first = first;
+        c.next.advance();
+        return true;
+    }
     __device__ __forceinline__ void begin(int pass) {
         NormedFinish::begin(pass);
         if (pass) return;
@@ -89,7 +100,7 @@ struct LinearProjection : NormedFinish {
         }
     }
     __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
-        if (first >= CONV_DIM) return;
+        if (WINDOWS_IN_RING || first >= CONV_DIM) return;
         each_element<NormedPlace>(*consumer, [&](int i, int row, int column) {
             int n = pass * PASS_COLUMNS + column;
             bool wanted = row < count && first + row < CONV_DIM && n < arguments->rows && rows->kind[n];
@@ -106,7 +117,7 @@ struct LinearProjection : NormedFinish {
             float4 t = taps[row - own_first];
             bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
             if (row < CONV_DIM) {
-                float4 w = window[unit][i];
+                float4 w = WINDOWS_IN_RING ? *(const float4*)(stage + n * WINDOW_BYTES + (row - stage_first) * 16) : window[unit][i];
                 store4_if(conv_window(rows->state[n], index) + 4 * row, make_float4(w.y, w.z, w.w, y), true);
                 y = fmaf(t.w, y, fmaf(t.z, w.w, fmaf(t.y, w.z, t.x * w.y)));
             }
@@ -128,6 +139,7 @@ __device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchA
     if (layer >= LAYERS || is_full(layer)) return;
     int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
     if (c.thread < lines) prefetch_l2(linear_layer(a, layer).conv_weight + 4 * (first + 8 * c.thread));
+    if (WINDOWS_IN_RING) return;
 #pragma unroll 1
     for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
         if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));

@@ -175,6 +175,12 @@ constexpr int PAIR_SUMS = 16 * SUM_STRIDE;
 constexpr int MOST_PAIRS_AT_ONCE = PlaceOf<false>::type::PAIRS_AT_ONCE;
 using Sums = float[CONSUMER_WARPS][MOST_PAIRS_AT_ONCE * PAIR_SUMS];
 
+// The conv windows of the rows that a batch of pairs (those behind one barrier) makes come through the ring, as a stage
+// behind the batch's weights: [row of the sequences' batch][channel] of four floats.
+constexpr bool WINDOWS_IN_RING = PASSES == 1 && LIMITS_FLIGHT;
+constexpr int WINDOW_GROUPS = 2 * NormedPlace::PAIRS_AT_ONCE, WINDOW_BYTES = WINDOW_GROUPS * 8 * 16;  // of a sequence
+static_assert(!WINDOWS_IN_RING || BATCH_COLUMNS * WINDOW_BYTES <= STAGE_BYTES, "one stage");
+
 // For each pass and pair of row groups (or some pairs at once): finish.prepare(unit, pass, first row, rows) ahead of the
 // weights, then finish(unit, pass, first row, rows, sum), where sum(i) is this thread's i-th result, see Place.
 template <class Place, int ROWS, int MOST_WIDTH, class Finish>
@@ -223,6 +229,7 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
                         for (int i = 0; i < (COLUMN_GROUPS > 1 ? 4 : 2); ++i) own[g / 2 * PAIR_SUMS + (8 * (g % 2) + i % 2) * SUM_STRIDE + 16 * k + i / 2 * 8] = acc[g][k][i];
             }
             consumer_barrier();
+            bool windows = finish.take_windows(c, 8 * batch);
 #pragma unroll
             for (int unit = 0; unit < Place::UNITS; ++unit) {
                 const float* row = sums[c.buffer][0] + Place::pair(c, unit) * PAIR_SUMS + Place::row(c) * SUM_STRIDE;
@@ -231,6 +238,7 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
                         return sum_of_slices([&](int slice) { return row[slice * MOST_PAIRS_AT_ONCE * PAIR_SUMS + Place::column(c, i)]; });
                     });
             }
+            if (windows) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
             c.buffer ^= 1;
         }
         finish.end(pass);
@@ -319,12 +327,14 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                         (*exchange)[part][Place::exchanged(g, i)][c.lane] = sum;
                 }
             group_barrier(2 + Place::column_warp(c), 32 * Place::PARTS);
+            bool windows = finish.take_windows(c, 8 * group);
             if (Place::group(c) == 0 || rows == 16)
                 finish(0, pass, 8 * group, rows, [&](int i) {
                     auto of = [&](int p) { return p == part ? own[i] : (*exchange)[p][Place::own_element(c, i)][c.lane]; };
                     if constexpr (Place::PARTS == 2) return own[i] + (*exchange)[1 - part][i][c.lane];
                     else return (of(0) + of(1)) + (of(2) + of(3));
                 });
+            if (windows) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
             c.buffer ^= 1;
         }
         finish.end(pass);

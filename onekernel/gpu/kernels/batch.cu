@@ -474,6 +474,10 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, cancel);
         TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
         gemm_normed<VOCAB>(c, (Sums*)shared.sums, a.input, finish);
+        consumer_barrier();
+#pragma unroll 1
+        for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS)
+            if (shared.rows.kind[n] == ROW_SAMPLED) score_logits(c, a, n);
         if (a.logprobs) publish_all_logprobs(c, a, shared);
         barrier.meet(c);
         if (!choose_tokens(c, a, shared, barrier, step, passes)) break;

@@ -211,7 +211,7 @@ struct Activation : NormedFinish {
     }
 };
 
-// The LM head: this thread's best token for each of its rows of the batch, and the scores of rows that are sampled.
+// The LM head: this thread's best token for each of its rows of the batch; the logits of rows that are sampled are kept.
 struct TokenScores : NormedFinish {
     Candidate best[NormedPlace::COLUMNS];
 
@@ -223,16 +223,15 @@ struct TokenScores : NormedFinish {
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
         each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
-            int n = pass * PASS_COLUMNS + column, row = first + local;
+            int n = hidden(pass * PASS_COLUMNS + column), row = first + local;
             float logit = __fmul_rn(sum(i), inverse[n]);
-            u32 key = ordered(logit);
             if (local >= count || row >= VOCAB) return;
             if (rows->kind[n] == ROW_SAMPLED) {
                 const BatchRow& r = arguments->row_table[n];
                 if (r.logits) r.logits[row] = logit;
-                if (row < VOCABULARY_SIZE) key = score_row(r.sampling, logit, row);
+                r.sampling.scores[row] = logit;
             }
-            if (row < VOCABULARY_SIZE) best[i / NormedPlace::ROWS].offer(key, row);
+            if (row < VOCABULARY_SIZE) best[i / NormedPlace::ROWS].offer(ordered(logit), row);
         });
     }
     __device__ __forceinline__ void end(int pass) {

@@ -137,7 +137,7 @@ def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     shape = decode.shape
     sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4 * (4 // groups if groups < 4 else 1)
     if groups >= 8 and decode.shared_memory >= ROOMY and decode.blocks % SHARING == 0:
-        sums = 8192  # no sums of slices meet in shared memory
+        sums = 32768  # no sums of slices meet in shared memory
     attention = CONSUMER_WARPS * (shape.heads // shape.kv_heads) * 512
     rows = residual_rows(shape, decode.blocks)
     residual = 4 * (rows + -(-rows // 16)) * columns

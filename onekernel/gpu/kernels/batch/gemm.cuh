@@ -136,24 +136,23 @@ struct DeepPlace {
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 8;  // of the lane
     static_assert(CONSUMER_WARPS * 32 == 256, "256 threads");
 };
-// A warp has 16 columns of the pass, both row groups, and a part of the matrix's columns: a half where there are 64
-// columns, a quarter where there are 32. Of the warps that exchange their parts of a sum, each finishes a row group, or
-// eight columns of one.
+// A warp has half of the pass's columns (a multiple of 16), both row groups, and a quarter of the matrix's columns. Of the
+// four warps that exchange their parts of a sum, each finishes half of the columns of a row group.
 struct WidePlace {
-    static constexpr int PARTS = COLUMN_GROUPS >= 8 ? 2 : 4, COLUMN_WARPS = CONSUMER_WARPS / PARTS, SLICES = CONSUMER_WARPS / PARTS;
-    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = 4 / PARTS, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
-    static constexpr int EXCHANGED = PARTS == 2 ? 4 : 8;  // sums a lane
+    static constexpr int PARTS = 4, COLUMN_WARPS = CONSUMER_WARPS / PARTS, SLICES = CONSUMER_WARPS / PARTS, SIXTEENS_A_WARP = SIXTEENS / COLUMN_WARPS;
+    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = SIXTEENS_A_WARP, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
+    static constexpr int EXCHANGED = 8 * SIXTEENS_A_WARP;  // sums a lane
     __device__ __forceinline__ static int part(const Consumer& c) { return c.warp / COLUMN_WARPS; }
     __device__ __forceinline__ static int column_warp(const Consumer& c) { return c.warp % COLUMN_WARPS; }
     __device__ __forceinline__ static int pair(const Consumer&, int) { return 0; }
-    __device__ __forceinline__ static int group(const Consumer& c) { return part(c) / (PARTS / 2); }
+    __device__ __forceinline__ static int group(const Consumer& c) { return part(c) / 2; }
     __device__ __forceinline__ static int row(const Consumer& c, int i) { return 8 * group(c) + c.lane % 4 * 2 + i % 2; }
-    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * column_warp(c) + c.lane / 4 + 8 * (PARTS == 2 ? j : part(c) % 2); }
+    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * SIXTEENS_A_WARP * column_warp(c) + c.lane / 4 + part(c) % 2 * 8 * SIXTEENS_A_WARP + 8 * j; }
     __device__ __forceinline__ static int candidate(const Consumer& c) { return group(c); }
-    // Whether this warp finishes element i of row group g, and where it stands among those that are exchanged.
-    __device__ __forceinline__ static bool is_own(const Consumer& c, int g, int i) { return g == group(c) && (PARTS == 2 || i / 2 == part(c) % 2); }
-    __device__ __forceinline__ static int exchanged(int g, int i) { return PARTS == 2 ? i : 4 * g + i; }
-    __device__ __forceinline__ static int own_element(const Consumer& c, int i) { return PARTS == 2 ? i : 4 * group(c) + part(c) % 2 * 2 + i; }
+    // Element i of sixteen columns k of row group g: whether this warp finishes it, and its place among those exchanged.
+    __device__ __forceinline__ static bool is_own(const Consumer& c, int g, int k, int i) { return g == group(c) && (2 * k + i / 2) / SIXTEENS_A_WARP == part(c) % 2; }
+    __device__ __forceinline__ static constexpr int exchanged(int g, int k, int i) { return (g * SIXTEENS_A_WARP + k) * 4 + i; }
+    __device__ __forceinline__ static int own_exchanged(const Consumer& c, int i) { return (group(c) * 2 + part(c) % 2) * 2 * SIXTEENS_A_WARP + i; }
     static constexpr int UP = 2;
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 2;
 };
@@ -254,7 +253,8 @@ template <int ROWS, int WIDTH, class Finish>
 __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
     using Place = WidePlace;
     constexpr int TILES = WIDTH / CONSUMER_WARPS / 32, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE, GROUPS = (ROWS + 7) / 8;
-    constexpr bool IN_REGISTERS = Place::SLICES * TILES * 2 <= MOST_OPERANDS;
+    constexpr int K = Place::SIXTEENS_A_WARP;
+    constexpr bool IN_REGISTERS = Place::SLICES * TILES * 2 * K <= MOST_OPERANDS;
     constexpr int HELD = IN_REGISTERS ? TILES : 1;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), part = Place::part(c);
@@ -262,11 +262,13 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS / 2 + Place::column_warp(c)) * (WIDTH / 32) + part * Place::SLICES * TILES) * OPERAND_TILE + c.lane * 16;
-        SixteenColumns x[HELD][Place::SLICES];
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS / 2 + Place::column_warp(c) * K) * (WIDTH / 32) + part * Place::SLICES * TILES) * OPERAND_TILE + c.lane * 16;
+        SixteenColumns x[HELD][Place::SLICES][K];
         auto load = [&](int held, int tile) {
 #pragma unroll
-            for (int slice = 0; slice < Place::SLICES; ++slice) load_columns(x[held][slice], source + (slice * TILES + tile) * OPERAND_TILE);
+            for (int slice = 0; slice < Place::SLICES; ++slice)
+#pragma unroll
+                for (int k = 0; k < K; ++k) load_columns(x[held][slice][k], source + (k * (WIDTH / 32) + slice * TILES + tile) * OPERAND_TILE);
         };
         if (IN_REGISTERS)
 #pragma unroll
@@ -277,7 +279,7 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
         for (int group = begin; group < end; group += 2) {
             int rows = min(2, end - group) * 8;
             finish.prepare(0, pass, 8 * group, rows);
-            float acc[Place::SLICES][2][4] = {};
+            float acc[Place::SLICES][2][K][4] = {};
             auto multiply = [&](int first, int count) {
                 auto next_stage = [&]() {
                     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
@@ -298,9 +300,12 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll
                         for (int g = 0; g < 2; ++g) {
                             uint4 w = weights[at[g] + (slice * count + i) * 32];
-                            const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
-                            multiply16(acc[slice][g], columns[0], w.x, w.y);
-                            multiply16(acc[slice][g], columns[1], w.z, w.w);
+#pragma unroll
+                            for (int k = 0; k < K; ++k) {
+                                const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice][k];
+                                multiply16(acc[slice][g][k], columns[0], w.x, w.y);
+                                multiply16(acc[slice][g][k], columns[1], w.z, w.w);
+                            }
                         }
                 }
                 residence.release(c);
@@ -318,21 +323,21 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
 #pragma unroll
             for (int g = 0; g < 2; ++g)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float sum = acc[0][g][i] + acc[1][g][i];
-                    if constexpr (Place::SLICES == 4) sum += acc[2][g][i] + acc[3][g][i];
-                    if (Place::is_own(c, g, i))
-                        own[i % Place::ELEMENTS] = sum;
-                    else
-                        (*exchange)[part][Place::exchanged(g, i)][c.lane] = sum;
-                }
+                for (int k = 0; k < K; ++k)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float sum = acc[0][g][k][i] + acc[1][g][k][i];
+                        if (Place::is_own(c, g, k, i))
+                            own[(4 * k + i) % Place::ELEMENTS] = sum;
+                        else
+                            (*exchange)[part][Place::exchanged(g, k, i)][c.lane] = sum;
+                    }
             group_barrier(2 + Place::column_warp(c), 32 * Place::PARTS);
             bool windows = finish.take_windows(c, 8 * group);
             if (Place::group(c) == 0 || rows == 16)
                 finish(0, pass, 8 * group, rows, [&](int i) {
-                    auto of = [&](int p) { return p == part ? own[i] : (*exchange)[p][Place::own_element(c, i)][c.lane]; };
-                    if constexpr (Place::PARTS == 2) return own[i] + (*exchange)[1 - part][i][c.lane];
-                    else return (of(0) + of(1)) + (of(2) + of(3));
+                    auto of = [&](int p) { return p == part ? own[i] : (*exchange)[p][Place::own_exchanged(c, i)][c.lane]; };
+                    return (of(0) + of(1)) + (of(2) + of(3));
                 });
             if (windows) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
             c.buffer ^= 1;

@@ -139,7 +139,7 @@ struct DeepPlace {
 // A warp has half of the pass's columns (a multiple of 16), both row groups, and a quarter of the matrix's columns. Of the
 // four warps that exchange their parts of a sum, each finishes half of the columns of a row group.
 struct WidePlace {
-    static constexpr int PARTS = 4, COLUMN_WARPS = CONSUMER_WARPS / PARTS, SLICES = CONSUMER_WARPS / PARTS, SIXTEENS_A_WARP = SIXTEENS / COLUMN_WARPS;
+    static constexpr int PARTS = 4, COLUMN_WARPS = CONSUMER_WARPS / PARTS, SLICES = CONSUMER_WARPS / PARTS, SIXTEENS_A_WARP = (SIXTEENS + 1) / COLUMN_WARPS;
     static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = SIXTEENS_A_WARP, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
     static constexpr int EXCHANGED = 8 * SIXTEENS_A_WARP;  // sums a lane
     __device__ __forceinline__ static int part(const Consumer& c) { return c.warp / COLUMN_WARPS; }

@@ -70,7 +70,7 @@ class PrefillLayout:
             token_tile=token_tile,
             narrow=narrow,
             gemm_stages=gemm_stages,
-            chunk_groups=min(4 if wgmma else 3, room // CHUNK_SCRATCH),
+            chunk_groups=min(3, room // CHUNK_SCRATCH),
             scan_columns=columns,
             scan_stages=scan_stages,
             attention_groups=groups,

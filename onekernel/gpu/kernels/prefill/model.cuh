@@ -14,12 +14,17 @@ constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool WGMMA = true;
-constexpr int PREFILL_WARPS = 16;
 #else
 constexpr bool WGMMA = false;
-constexpr int PREFILL_WARPS = 12;
 #endif
-constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
+// All phases are the work of three groups of four warps. On sm_90a a fourth, the asker, brings in what products and
+// attention read, and does nothing else: registers that it gives away it never needs again.
+constexpr int WORKER_WARPS = 12;
+constexpr int WORKERS = WORKER_WARPS * 32;
+constexpr int PREFILL_THREADS = WORKERS + (WGMMA ? 128 : 0);
+// Barrier of the workers alone; those that a part of them meets at have the numbers up to 13, and 15 (gemm.cuh).
+__device__ __forceinline__ void worker_sync() { group_barrier(WGMMA ? 14 : 0, WORKERS); }
+
 constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
 constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
 constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
@@ -54,7 +59,7 @@ __device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int m
     for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
         int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
-        for (int at = thread_index() * 128; at < bytes; at += PREFILL_THREADS * 128) prefetch_l2(share + at);
+        for (int at = thread_index() * 128; at < bytes; at += WORKERS * 128) prefetch_l2(share + at);
     }
 }
 

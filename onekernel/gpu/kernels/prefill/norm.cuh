@@ -16,7 +16,7 @@ constexpr int PARTS_AT_ONCE = ROW_VECTORS <= 4 ? 4 : ROW_VECTORS <= 10 ? 2 : 1; 
 static_assert(HIDDEN % (128 * ROW_WARPS) == 0, "the warps share a row evenly");
 
 __device__ __forceinline__ int first_row() { return block_index() + thread_index() / (32 * ROW_WARPS) * gridDim.x; }
-__device__ __forceinline__ int row_step() { return gridDim.x * (PREFILL_WARPS / ROW_WARPS); }
+__device__ __forceinline__ int row_step() { return gridDim.x * (WORKER_WARPS / ROW_WARPS); }
 __device__ __forceinline__ int row_column(int i) { return 4 * (thread_index() % (32 * ROW_WARPS) + 32 * ROW_WARPS * i); }
 
 // residual = x, input = x / rms(x) * weight, of one token.
@@ -85,7 +85,7 @@ __device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int
 // mixed = o / rms(o) * weight * silu(z), head by head; a warp takes two of them at a time.
 __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const LinearLayer& layer) {
     constexpr int AT_ONCE = 2;
-    int lane = thread_index() % 32, warp = block_index() * PREFILL_WARPS + thread_index() / 32, warps = gridDim.x * PREFILL_WARPS;
+    int lane = thread_index() % 32, warp = block_index() * WORKER_WARPS + thread_index() / 32, warps = gridDim.x * WORKER_WARPS;
     float4 w = load_constant4(layer.gated_norm + 4 * lane);
 #pragma unroll 1
     for (int first = warp; first < a.tokens * VALUE_HEADS; first += AT_ONCE * warps) {

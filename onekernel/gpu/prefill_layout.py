@@ -18,6 +18,7 @@ MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
 MOST_SPLITS = 8
 SPLIT_ROWS = 6400  # tokens times parts of the keys: bounds the scratch memory of attention
 NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
+HANDSHAKE_BYTES = 13 * 8 + 8  # of attention_wgmma.cuh
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
 CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
@@ -189,14 +190,17 @@ def wgmma_source(tokens: int) -> str:
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 {_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
-{_wgmma("wgmma_scores", 64, from_registers=False, transposed=False)}
-{_wgmma("wgmma_values", 128, from_registers=True, transposed=True)}
+{_wgmma("wgmma_scores", 64, from_registers=False, transposed=False, adds=False)}
+{_wgmma("wgmma_values", 128, from_registers=False, transposed=True)}
 #endif
 """
 
 
-def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> str:
-    """A function around the instruction for 64 rows, 16 deep, of bf16: acc += a b, with b in shared memory."""
+def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool, adds: bool = True) -> str:
+    """A function around the instruction for 64 rows, 16 deep, of bf16: acc += a b, with b in shared memory.
+
+    adds: always; otherwise where the last parameter says so, and acc = a b where not.
+    """
     count = columns // 2  # accumulators of a thread
     words = ("a", "b", "c", "d") if from_registers else ("a",)
     outputs = ", ".join(f"%{i}" for i in range(count))
@@ -207,12 +211,13 @@ def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> s
     kind, constraint = ("unsigned", "r") if from_registers else ("unsigned long long", "l")
     parameters = ", ".join(f"{kind} {word}" for word in words)
     inputs = ", ".join(f'"{constraint}"({word})' for word in words)
+    flag, last, given = ("1", "", "") if adds else (f"%{count + len(words) + 1}", ", int add", ', "r"(add)')
     return f"""__device__ __forceinline__ void {name}(float (&acc)[{columns // 8}][4], {parameters},
-                                             unsigned long long operand) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
+                                             unsigned long long operand{last}) {{
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, {flag}, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
                  "{{{outputs}}}, {first}, %{count + len(words)}, p, {modes};}}"
                  : {operands}
-                 : {inputs}, "l"(operand));
+                 : {inputs}, "l"(operand){given});
 }}"""
 
 
@@ -228,6 +233,7 @@ def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
         + 8 * 512
         + 128
         + 16
+        + HANDSHAKE_BYTES
     )
 
 

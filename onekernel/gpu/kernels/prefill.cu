@@ -8,7 +8,7 @@
 #include "prefill/norm.cuh"
 #include "prefill/delta_chunks.cuh"
 #include "prefill/delta_scan.cuh"
-#include "prefill/attention.cuh"
+#include "prefill/attention_wgmma.cuh"
 #include "primitive/grid_barrier.cuh"
 
 static_assert(VOCAB % 16 == 0, "a warp stores 16 rows at a time");
@@ -18,9 +18,9 @@ constexpr int PHASES = 1 + PHASES_A_LAYER * LAYERS;  // the embedding first; the
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
-    larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, ATTENTION_BYTES));
+    larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)), larger(SCAN_BYTES, WGMMA ? WIDE_ATTENTION_BYTES : ATTENTION_BYTES));
 
-constexpr int BARRIER_BYTES = 16 * GEMM_STAGES + 16;
+constexpr int BARRIER_BYTES = 16 * GEMM_STAGES + 16 + HANDSHAKE_BYTES;
 
 extern "C" __device__ int shared_bytes = PREFILL_SHARED + BARRIER_BYTES + 1024;  // the host reads these before the first launch
 extern "C" __device__ int block_threads = PREFILL_THREADS;
@@ -53,10 +53,10 @@ __device__ __forceinline__ Product product_of(const PrefillArguments& a, int pha
 // Attention that is not split needs no merge.
 __device__ __forceinline__ bool is_empty(const PrefillArguments& a, int phase) {
     if (phase == 0 || phase == PHASES || (phase - 1) % PHASES_A_LAYER != 3) return false;
-    return is_full((phase - 1) / PHASES_A_LAYER);
+    return is_full((phase - 1) / PHASES_A_LAYER) && (!WGMMA || a.attention_splits == 1);
 }
 
-__device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, u8* memory, TokenRing& ring) {
+__device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, u8* memory, const TokenRing& ring, const Handshake& handshake) {
     if (phase == 0) return embed(a, memory);
     int layer = (phase - 1) / PHASES_A_LAYER, matrix = 4 * layer, step = (phase - 1) % PHASES_A_LAYER;
     bool full = is_full(layer);
@@ -71,13 +71,18 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
             break;
         case 2:
             prefetch_matrix(a, matrix + 1, HIDDEN, full ? QUERY_DIM : VALUE_DIM);
-            if (full)
+            if (full && WGMMA)
+                attend_wide(a, memory, handshake);
+            else if (full)
                 attend(a, full_layer(a, layer), memory);
             else
                 delta_scan(a, linear_layer(a, layer), memory);
             break;
         case 3:
-            if (!full) gated_norm(a, linear_layer(a, layer));
+            if (full)
+                merge_attention(a);
+            else
+                gated_norm(a, linear_layer(a, layer));
             break;
         default: {
             bool after_mixer = step == 5;
@@ -97,15 +102,18 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
 
 // The asker's way through the phases. The workers wait for it where a phase that it helps in begins, so that it stays
 // behind the grid barriers without passing them.
-__device__ __forceinline__ void ask(const PrefillArguments& a, const u8* memory, const TokenRing& ring) {
-    u32 step = 0;
+__device__ __forceinline__ void ask(const PrefillArguments& a, const u8* memory, const TokenRing& ring, const Handshake& handshake) {
+    u32 step = 0, tiles = 0;
 #pragma unroll 1
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
-        if (!is_product(phase)) continue;
-        __syncthreads();
-        fence_async();
-        if (thread_index() == WORKERS) ask_for_tokens(ring, memory, step);
-        __syncwarp();
+        if (is_product(phase)) {
+            __syncthreads();
+            fence_async();
+            if (thread_index() == WORKERS) ask_for_tokens(ring, memory, step);
+            __syncwarp();
+        } else if (phase && (phase - 1) % PHASES_A_LAYER == 2 && is_full((phase - 1) / PHASES_A_LAYER)) {
+            bring(a, (phase - 1) / PHASES_A_LAYER, memory, handshake, tiles);
+        }
     }
 }
 
@@ -116,19 +124,21 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
     if (shared_address(memory) % 1024) fault();
     u32 arrivals = 0;
     TokenRing ring{shared_address(memory), shared_address(memory) + PREFILL_SHARED, (volatile u32*)(memory + PREFILL_SHARED + 16 * GEMM_STAGES)};
+    Handshake handshake{ring.barriers + 16 * GEMM_STAGES + 16, (volatile u32*)(memory + PREFILL_SHARED + 16 * GEMM_STAGES + 16 + 13 * 8)};
     ring.init();
+    handshake.init();
     __syncthreads();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     // Once, for good, before anything that a register would have to keep: see model.cuh.
     if (thread_index() >= WORKERS) {
         fewer_registers<32>();
-        return ask(a, memory, ring);
+        return ask(a, memory, ring, handshake);
     }
     more_registers<160>();
 #endif
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
         if (is_empty(a, phase)) continue;
-        run_phase(a, phase, memory, ring);
+        run_phase(a, phase, memory, ring, handshake);
         arrivals += gridDim.x;
         if (phase + 1 < a.end_phase) {
             worker_sync();

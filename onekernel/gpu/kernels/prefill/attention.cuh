@@ -25,7 +25,7 @@ __device__ __forceinline__ uint4 norm_and_rotate(uint4 packed, const float* weig
     unpack8(x, packed);
 #pragma unroll
     for (int i = 0; i < 8; ++i) squares += x[i] * x[i];
-    float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + NORM_EPS);
+    float scale = rsqrt_fast(warp_sum(squares) / HEAD_DIM + NORM_EPS);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         x[i] *= scale * load_constant(weight + 8 * lane + i);

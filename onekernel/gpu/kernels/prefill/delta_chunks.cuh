@@ -120,7 +120,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
                 sums[row] = y[row].x * y[row].x + y[row].y * y[row].y + y[row].z * y[row].z + y[row].w * y[row].w;
                 x[0] = x[1], x[1] = x[2], x[2] = now;
             }
-            float norm = part == 1 ? 1.0f : rsqrtf(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane / 4
+            float norm = part == 1 ? 1.0f : rsqrt_fast(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane / 4
 #pragma unroll
             for (int row = 0; row < 8; ++row) {
                 float scale = __shfl_sync(0xFFFFFFFFu, norm, 4 * row);

@@ -3,6 +3,7 @@
 
 #include "layer/linear_attention.cuh"
 #include "primitive/matrix.cuh"
+#include "primitive/quick.cuh"
 #include "state.cuh"
 
 constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
@@ -47,8 +48,8 @@ __device__ __forceinline__ void store_input(u16* input, int token, int column, u
     *(u32*)input_place<COLUMNS>(input, token, column + 2) = second;
 }
 
-// With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
-__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-1.44269504f * x)); }
+// The code of a phase runs once a layer, so its length costs more than its arithmetic: no care for denormal numbers.
+__device__ __forceinline__ float quick_sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-1.44269504f * x)); }
 __device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.44269504f * x); }
 __device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, 
     float total = 0;
 #pragma unroll
     for (int i = 0; i < ROW_WARPS; ++i) total += sums[i];
-    float scale = rsqrtf(total / HIDDEN + NORM_EPS);
+    float scale = rsqrt_fast(total / HIDDEN + NORM_EPS);
 #pragma unroll
     for (int i = 0; i < ROW_VECTORS; ++i) {
         float4 w = load_constant4(weight + row_column(i));
@@ -101,7 +101,7 @@ __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const Line
         for (int n = 0; n < AT_ONCE; ++n) {
             int i = first + n * warps, t = i / VALUE_HEADS, column = i % VALUE_HEADS * VALUE_HEAD_DIM + 4 * lane;
             float2 x = unpack_half2(packed[n].x), y = unpack_half2(packed[n].y);
-            float scale = rsqrtf(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
+            float scale = rsqrt_fast(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
             if (t < a.tokens)
                 store_input<VALUE_DIM>(a.mixed, t, column, pack2(x.x * scale * w.x * quick_silu(low_half(z[n].x)), x.y * scale * w.y * quick_silu(high_half(z[n].x))),
                                        pack2(y.x * scale * w.z * quick_silu(low_half(z[n].y)), y.y * scale * w.w * quick_silu(high_half(z[n].y))));

@@ -332,6 +332,27 @@ template <int F> inline void wgmma_scores(float (&acc)[F][4], u64 a, u64 b, int 
     wgmma_rows(words, a);
     wgmma_(acc, words, !add, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
 }
+template <int F> inline void wgmma_half(float (&acc)[F][4], const u32 (&words)[4], u64 b) {
+    u32 base = (u32)b << 4;
+    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, half_value);
+}
+template <int F> inline void wgmma_delta(float (&acc)[F][4], u64 a, u64 b) {
+    u32 words[4];
+    wgmma_rows(words, a);
+    wgmma_half(acc, words, b);
+}
+template <int F> inline void wgmma_output(float (&acc)[F][4], u64 a, u64 b) { wgmma_delta(acc, a, b); }
+template <int F> inline void wgmma_update(float (&acc)[F][4], u64 a, u64 b) {  // a is transposed: 16 rows in memory are its depth
+    int l = threadIdx.x % 32, w = threadIdx.x / 32 % 4;
+    u32 base = (u32)a << 4, words[4];
+    for (int i = 0; i < 4; ++i) {
+        int row = 16 * w + l / 4 + i % 2 * 8, k = 2 * (l % 4) + i / 2 * 8;
+        words[i] = swizzled_value(base + k * 128 + 2 * row) | (u32)swizzled_value(base + (k + 1) * 128 + 2 * row) << 16;
+    }
+    wgmma_half(acc, words, b);
+}
+inline void warp_arrive(u32 b) { __syncwarp(); if (threadIdx.x % 32 == 0) barrier_arrive(b); }
+inline void idle_for(u32) {}
 template <int COUNT> inline void more_registers() {}
 template <int COUNT> inline void fewer_registers() {}
 inline void take_registers() {}

@@ -63,12 +63,6 @@ struct Handshake {
     }
 };
 
-// By a whole warp: what its lanes did before is done.
-__device__ __forceinline__ void warp_arrive(u32 barrier) {
-    __syncwarp();
-    if (thread_index() % 32 == 0) barrier_arrive(barrier);
-}
-
 // Of a row of 256 dims in blocks of 64: the place of 16 bytes, with 64 rows a block.
 __device__ __forceinline__ u32 block_place(int row, int chunk) { return chunk / 8 * (64 * 128) + swizzled<128>(row, chunk % 8); }
 

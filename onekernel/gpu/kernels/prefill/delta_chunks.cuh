@@ -238,11 +238,16 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item
                 multiply_half(acc[n + 1], r, b[2], b[3]);
             }
         }
-        u32* at = (u32*)(item + (part ? ITEM_WEIGHT : ITEM_DELTA) + row * HEAD_ROW) + lane % 4;
+        u8* at = item + (part ? ITEM_WEIGHT : ITEM_DELTA) + lane % 4 * 4;
+        // On sm_90a, U is for the accumulators of delta_wgmma.cuh as it is in these.
+        uint2* fragments = (uint2*)(item + ITEM_DELTA) + thread_index() % 128;
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
-            at[4 * n] = pack_half2(acc[n][0], acc[n][1]);
-            at[4 * n + 8 * HEAD_ROW / 4] = pack_half2(acc[n][2], acc[n][3]);
+            u32 first = pack_half2(acc[n][0], acc[n][1]), second = pack_half2(acc[n][2], acc[n][3]);
+            if (WGMMA && !part)
+                fragments[128 * n] = make_uint2(first, second);
+            else
+                *(u32*)(at + item_place(row, n)) = first, *(u32*)(at + item_place(row + 8, n)) = second;
         }
     }
 }
@@ -258,7 +263,7 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
         uint4 v = load_shared4(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk));
         float f = quick_exp(is_key ? end - s.total[row] : s.total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
-        *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + row * HEAD_ROW + 16 * chunk) =
+        *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + item_place(row, chunk)) =
             make_uint4(pack_half2(x.x * f, x.y * f), pack_half2(y.x * f, y.y * f), pack_half2(z.x * f, z.y * f), pack_half2(w.x * f, w.y * f));
     }
 }
@@ -293,7 +298,8 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
     group_barrier(barrier, 128);  // the queries are read: the matrix takes their place
     int i = 16 * warp + lane / 4;
     float from[2] = {s.total[i], s.total[i + 8]}, beta[2] = {s.beta[i], s.beta[i + 8]};
-    u32* scores = (u32*)(item + ITEM_SCORES + i * CHUNK * 2) + lane % 4;
+    u8* scores = item + ITEM_SCORES + lane % 4 * 4;
+    const int first_row = i;
     float* solve = s.solve + i * SOLVE_STRIDE + 2 * (lane % 4);
     i -= 2 * (lane % 4);  // minus the first column of fragment 0
 #pragma unroll
@@ -303,7 +309,7 @@ __device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const Lin
         for (int half = 0; half < 2; ++half) {
             int below = i + 8 * half - 8 * n;  // row minus column
             float fade = below >= 0 ? quick_exp(from[half] - to.x) : 0.0f, next = below >= 1 ? quick_exp(from[half] - to.y) : 0.0f;
-            scores[4 * n + half * (8 * CHUNK / 2)] = pack_half2(qk[n][2 * half] * fade, qk[n][2 * half + 1] * next);
+            *(u32*)(scores + score_place(first_row + 8 * half, n)) = pack_half2(qk[n][2 * half] * fade, qk[n][2 * half + 1] * next);
             *(float2*)(solve + 8 * n + half * 8 * SOLVE_STRIDE) = make_float2(below >= 1 ? beta[half] * kk[n][2 * half] * fade : 0.0f,
                                                                               below >= 2 ? beta[half] * kk[n][2 * half + 1] * next : 0.0f);
         }

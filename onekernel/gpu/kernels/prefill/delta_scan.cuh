@@ -20,7 +20,7 @@ static_assert(KEY_HEAD_DIM == SCAN_WARPS * 16, "each warp has 16 rows of the sta
 // The matrices of one chunk into a stage, by the warps that do not multiply.
 __device__ __forceinline__ void load_scan_stage(const u8* item, u32 stage) {
     constexpr int LOADERS = WORKERS - 32 * SCAN_WARPS, HEAD_CHUNKS = 3 * CHUNK * HEAD_ROW / 16, SCORE_CHUNKS = CHUNK * CHUNK * 2 / 16;
-    static_assert(ITEM_WEIGHT == 0 && ITEM_QUERY == SCAN_QUERY && ITEM_KEY == SCAN_KEY && ITEM_SCORES == SCAN_SCORES, "copied as one range");
+    static_assert(WGMMA || ITEM_WEIGHT == 0 && ITEM_QUERY == SCAN_QUERY && ITEM_KEY == SCAN_KEY && ITEM_SCORES == SCAN_SCORES, "copied as one range");
     int t = thread_index() - 32 * SCAN_WARPS;
 #pragma unroll 4
     for (int i = t; i < HEAD_CHUNKS; i += LOADERS)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "layer/linear_attention.cuh"
+#include "primitive/bulk.cuh"
 #include "primitive/matrix.cuh"
 #include "primitive/quick.cuh"
 #include "state.cuh"
@@ -54,23 +55,36 @@ __device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.4426950
 __device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 
 // Asks for a whole matrix in L2, ahead of the phase that multiplies it; matrices that would not stay there are left alone.
-__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix, int rows, int columns) {
+// By `threads` threads; this is number `thread`.
+__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix, int rows, int columns, int thread, int threads) {
     int groups = (rows + 7) / 8;
     if ((long long)rows * columns * 2 > MOST_PREFETCHED) return;
     for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
         int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
-        for (int at = thread_index() * 128; at < bytes; at += WORKERS * 128) prefetch_l2(share + at);
+        for (int at = thread * 128; at < bytes; at += threads * 128) {
+            prefetch_l2(share + at);
+            if (WGMMA && !NARROW) idle_for(300);  // products are on their way meanwhile
+        }
     }
 }
 
 // Parts of a (chunk, value head) item that delta_chunks leaves for delta_scan: fp16 matrices with a row a token.
+constexpr int ITEM_MATRIX = CHUNK * KEY_HEAD_DIM * 2;
 constexpr int ITEM_WEIGHT = 0;                                    // [64, 128] -W
-constexpr int ITEM_QUERY = ITEM_WEIGHT + CHUNK * KEY_HEAD_DIM * 2;  // [64, 128] q, faded from the chunk's start
-constexpr int ITEM_KEY = ITEM_QUERY + CHUNK * KEY_HEAD_DIM * 2;     // [64, 128] k, faded to the chunk's end
-constexpr int ITEM_SCORES = ITEM_KEY + CHUNK * KEY_HEAD_DIM * 2;    // [64, 64] q k^T, faded
-constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;         // [64, 128] U
-constexpr int ITEM_BYTES = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;
+constexpr int ITEM_QUERY = (WGMMA ? 2 : 1) * ITEM_MATRIX;         // [64, 128] q, faded from the chunk's start
+constexpr int ITEM_KEY = (WGMMA ? 1 : 2) * ITEM_MATRIX;           // [64, 128] k, faded to the chunk's end
+constexpr int ITEM_SCORES = 3 * ITEM_MATRIX;                      // [64, 64] q k^T, faded
+constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;       // [64, 128] U
+constexpr int ITEM_STATE = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;  // on sm_90a, from carry_state: S, [2][128 columns][64 dims]
+constexpr int ITEM_BYTES = ITEM_STATE + (WGMMA ? VALUE_HEAD_DIM * KEY_HEAD_DIM * 2 : 0);
+
+// The place in an item of 16 bytes of a row of W, q or k. On sm_90a blocks of 64 dims, as wgmma reads them.
+__device__ __forceinline__ u32 item_place(int row, int chunk) {
+    return WGMMA ? chunk / 8 * (CHUNK * 128) + swizzled<128>(row, chunk % 8) : row * (KEY_HEAD_DIM * 2) + 16 * chunk;
+}
+// The same of a row of the scores.
+__device__ __forceinline__ u32 score_place(int row, int chunk) { return WGMMA ? swizzled<128>(row, chunk) : row * (CHUNK * 2) + 16 * chunk; }
 
 __device__ __forceinline__ LinearLayer linear_layer(const PrefillArguments& a, int layer) {
     LinearLayer l;

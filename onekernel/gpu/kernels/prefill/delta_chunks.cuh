@@ -73,8 +73,9 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
 }
 
 // Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
-// Lane l has dims 4 l to 4 l + 3 of 8 at once, so that their chains of dependent steps overlap.
+// Lane l has dims 4 l to 4 l + 3 of ROWS at once, so that their chains of dependent steps overlap.
 __device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
+    constexpr int ROWS = 4;
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_row = 16 * warp;
     int rows_left = a.tokens - first_token - first_row;
     u32 base = shared_address(&s);
@@ -105,13 +106,13 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
         copy_wait<0>();
         __syncwarp();
 #pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-            u32 at = base + part * CHUNK * HEAD_ROW + (first_row + 8 * half) * HEAD_ROW + lane % 2 * 8;
-            float4 y[8];
-            float sums[8];
+        for (int first = 0; first < 16; first += ROWS) {
+            u32 at = base + part * CHUNK * HEAD_ROW + (first_row + first) * HEAD_ROW + lane % 2 * 8, chunk = (lane / 2 ^ first % 8);
+            float4 y[ROWS];
+            float sums[ROWS];
 #pragma unroll
-            for (int row = 0; row < 8; ++row) {
-                uint2 v = load_shared2(at + swizzled<HEAD_ROW>(row, lane / 2));
+            for (int row = 0; row < ROWS; ++row) {
+                uint2 v = load_shared2(at + swizzled<HEAD_ROW>(row, chunk));
                 float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
                 y[row].x = quick_silu(c.taps[0].x * x[0].x + c.taps[0].y * x[1].x + c.taps[0].z * x[2].x + c.taps[0].w * now.x);
                 y[row].y = quick_silu(c.taps[1].x * x[0].y + c.taps[1].y * x[1].y + c.taps[1].z * x[2].y + c.taps[1].w * now.y);
@@ -120,13 +121,13 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
                 sums[row] = y[row].x * y[row].x + y[row].y * y[row].y + y[row].z * y[row].z + y[row].w * y[row].w;
                 x[0] = x[1], x[1] = x[2], x[2] = now;
             }
-            float norm = part == 1 ? 1.0f : rsqrt_fast(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane / 4
+            float norm = part == 1 ? 1.0f : rsqrt_fast(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane * ROWS / 32
 #pragma unroll
-            for (int row = 0; row < 8; ++row) {
-                float scale = __shfl_sync(0xFFFFFFFFu, norm, 4 * row);
-                bool valid = 8 * half + row < rows_left;  // padding is zero: it leaves the state alone
+            for (int row = 0; row < ROWS; ++row) {
+                float scale = __shfl_sync(0xFFFFFFFFu, norm, 32 / ROWS * row);
+                bool valid = first + row < rows_left;  // padding is zero: it leaves the state alone
                 u32 low = valid ? pack_half2(y[row].x * scale, y[row].y * scale) : 0, high = valid ? pack_half2(y[row].z * scale, y[row].w * scale) : 0;
-                store_shared2(at + swizzled<HEAD_ROW>(row, lane / 2), low, high);
+                store_shared2(at + swizzled<HEAD_ROW>(row, chunk), low, high);
             }
         }
     }

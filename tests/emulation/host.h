@@ -304,6 +304,7 @@ inline void wgmma_commit() {}
 template <int PENDING> inline void wgmma_wait() {}
 inline void hold4(float (&)[4]) {}
 inline void fence_async() {}
+inline void fence_async_shared() {}
 template <int F> inline void wgmma_tokens(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 tokens) {
     u32 words[4] = {a, b, c, d}, base = (u32)tokens << 4;
     wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);

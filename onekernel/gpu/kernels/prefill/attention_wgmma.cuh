@@ -105,17 +105,17 @@ __device__ __forceinline__ void bring_item(const PrefillArguments& a, int layer,
         copy_commit();
         if (queries) {
             copy_wait<1>();
-            fence_async();
+            fence_async_shared();
             warp_arrive(h.queries());
             queries = false;
         }
         copy_wait<0>();
-        fence_async();
+        fence_async_shared();
         warp_arrive(h.full(tile, values));
     }
     if (queries) {
         copy_wait<0>();
-        fence_async();
+        fence_async_shared();
         warp_arrive(h.queries());
     }
 }
@@ -186,7 +186,7 @@ __device__ __forceinline__ void score_item(const PrefillArguments& a, const Atte
         if (tiles + i) barrier_wait(h.weights_read(row_tile), tiles + i - 1 & 1);
         soften(scores[row_tile], peak[row_tile], sum[row_tile], a.position + item.first_token + row_tile * TOKENS_A_TILE - (item.first_tile + i) * WIDE_KEYS,
                shared + WIDE_WEIGHTS + row_tile * WEIGHT_BYTES, shared + WIDE_FACTORS + row_tile * (QUERY_ROWS * 4));
-        fence_async();
+        fence_async_shared();
         warp_arrive(h.weights(row_tile));
     };
     barrier_wait(h.queries(), items & 1);
@@ -300,7 +300,7 @@ __device__ __forceinline__ void attend_wide(const PrefillArguments& a, u8* memor
 #pragma unroll 1
     for (int number = block_index(); number < attention_items(a); number += gridDim.x) {
         const AttentionItem item(a, number);
-        fence_async();
+        fence_async_shared();
         __syncthreads();  // shared memory is free: the asker begins
         if (thread_index() >= 256)
             score_item(a, item, shared, h, tiles, items);
@@ -317,7 +317,7 @@ __device__ __forceinline__ void bring(const PrefillArguments& a, int layer, cons
 #pragma unroll 1
     for (int number = block_index(); number < attention_items(a); number += gridDim.x) {
         __syncthreads();
-        fence_async();
+        fence_async_shared();
         bring_item(a, layer, number, shared, h, tiles);
         const AttentionItem item(a, number);
         tiles += item.end_tile - item.first_tile;

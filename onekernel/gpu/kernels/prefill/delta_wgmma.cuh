@@ -96,7 +96,7 @@ __device__ __forceinline__ void carry(const PrefillArguments& a, const LinearLay
     for (int chunk = 0; chunk < chunks; ++chunk, ++carried, item += (long long)VALUE_HEADS * ITEM_BYTES) {
         float fade = fades[chunk * VALUE_HEADS];
         store_image(image, state);
-        fence_async();
+        fence_async_shared();
         worker_sync();  // the state is there
         copy_image(item, image);
 #pragma unroll
@@ -152,7 +152,7 @@ __device__ __forceinline__ void correct(const PrefillArguments& a, int head, int
         wgmma_wait<0>();
         hold_carry(delta);
         store_image(shared + DELTA_IMAGE, delta);
-        fence_async();
+        fence_async_shared();
         worker_sync();  // delta is there
         warp_arrive(passage.free(carried));
         copy_image(item, shared + DELTA_IMAGE);  // U was there: it is read
@@ -164,7 +164,7 @@ __device__ __forceinline__ void carry_state(const PrefillArguments& a, const Lin
     move_window(a, layer);
 #pragma unroll 1
     for (int item = block_index(); item < VALUE_HEADS * CARRY_PARTS; item += gridDim.x, carried += chunks) {
-        fence_async();
+        fence_async_shared();
         __syncthreads();  // shared memory is free: the asker begins
         if (thread_index() < 256)
             carry(a, layer, item / CARRY_PARTS, item % CARRY_PARTS, shared_address(memory), passage, carried);
@@ -254,7 +254,7 @@ __device__ __forceinline__ void output_of_chunk(const PrefillArguments& a, const
 __device__ __forceinline__ void gated_output(const PrefillArguments& a, const LinearLayer& layer, u8* memory, const Passage& passage) {
     const int group = thread_index() / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
     u32 turn = passage.done[1 + group];
-    fence_async();
+    fence_async_shared();
     __syncthreads();  // shared memory is free: the asker begins
 #pragma unroll 1
     for (int item = group * gridDim.x + block_index(); item < items; item += 3 * gridDim.x, ++turn)

@@ -21,7 +21,8 @@ NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work f
 BARRIER_BYTES = 16 + 13 * 8 + 8 + 14 * 8 + 16  # beside those of the tokens: BARRIER_BYTES in prefill.cu
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
-CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
+CHUNK_ROWS = 3 * CHUNK * HEAD_ROW
+CHUNK_SCRATCH = CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # of ChunkScratch in delta_chunks.cuh, beside the rows
 SCAN_STAGE = 3 * CHUNK * HEAD_ROW + CHUNK * CHUNK * 2
 ITEM_BYTES = 4 * CHUNK * HEAD_ROW + CHUNK * CHUNK * 2
 ITEM_STATE = 128 * HEAD_ROW  # on sm_90a, beside that
@@ -38,7 +39,7 @@ class PrefillLayout:
     token_tile: int
     narrow: bool  # for few tokens: see gemm.cuh
     gemm_stages: int  # steps whose tokens have a place in shared memory
-    chunk_groups: int
+    chunk_buffers: int  # items of delta_chunks whose rows have a place in shared memory
     scan_columns: int
     scan_stages: int
     attention_groups: int
@@ -65,7 +66,7 @@ class PrefillLayout:
             ((g, s) for g, s in ((3, 2), (2, 2), (1, 2)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),
             (0, 0),
         )
-        if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:
+        if not token_tile or scan_stages < 1 or not groups or room < CHUNK_ROWS + CHUNK_SCRATCH:
             return None
         return cls(
             decode,
@@ -73,7 +74,7 @@ class PrefillLayout:
             token_tile=token_tile,
             narrow=narrow,
             gemm_stages=gemm_stages,
-            chunk_groups=min(3, room // CHUNK_SCRATCH),
+            chunk_buffers=min(2, (room - CHUNK_SCRATCH) // CHUNK_ROWS),
             scan_columns=columns,
             scan_stages=scan_stages,
             attention_groups=groups,
@@ -105,7 +106,7 @@ class PrefillLayout:
             "TOKEN_TILE": self.token_tile,
             "NARROW_TILES": self.narrow,
             "GEMM_STAGES": self.gemm_stages,
-            "CHUNK_GROUPS": self.chunk_groups,
+            "CHUNK_BUFFERS": self.chunk_buffers,
             "SCAN_COLUMNS": self.scan_columns,
             "SCAN_STAGES": self.scan_stages,
             "ATTENTION_GROUPS": self.attention_groups,

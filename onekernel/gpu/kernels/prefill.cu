@@ -18,7 +18,7 @@ constexpr int PHASES = 1 + PHASES_A_LAYER * LAYERS;  // the embedding first; the
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int PREFILL_SHARED =  // bytes that all phases use in turn
-    larger(larger(GEMM_BYTES, CHUNK_GROUPS * (int)sizeof(ChunkScratch)),
+    larger(larger(GEMM_BYTES, (int)sizeof(ChunkScratch)),
            larger(WGMMA ? DELTA_WGMMA_BYTES : SCAN_BYTES, WGMMA ? WIDE_ATTENTION_BYTES : ATTENTION_BYTES));
 
 constexpr int BARRIER_BYTES = 16 * GEMM_STAGES + 16 + HANDSHAKE_BYTES + PASSAGE_BYTES;

@@ -1,32 +1,41 @@
 // The delta rule over chunks of 64 tokens, first part: all that does not depend on the state that enters the chunk.
 //
-// An item is (chunk, value head), done by four warps; warp w has tokens 16 w to 16 w + 15. Formulas and names as in
+// An item is (chunk, value head), done by all workers; warp w of a group has tokens 16 w to 16 w + 15. Each group convolves
+// one of k, v and q; the products and the inverse are shared out among them. Formulas and names as in
 // reference/delta_rule.py: with total = cumulative decay and fade_ij = exp(total_i - total_j),
 //     A = strictly lower(beta_i k_i k_j fade_ij),   R = (I + A)^-1,
 //     U = R (beta v),   W = R (beta exp(total) k).
-// q and k are l2-normed here; the query's factor 1 / sqrt(128) is left to delta_scan.
+// q and k are l2-normed here; the query's factor 1 / sqrt(128) is left to the next part.
 #pragma once
 
 #include "prefill/model.cuh"
 
 constexpr int SOLVE_STRIDE = CHUNK + 4;  // floats; a column of a matrix then touches different banks
 constexpr int HEAD_ROW = KEY_HEAD_DIM * 2;  // bytes of a token's row of one head
+constexpr int PART_BYTES = CHUNK * HEAD_ROW;
+enum Part { KEY_PART, VALUE_PART, QUERY_PART };
 
 struct ChunkScratch {
-    u8 key[CHUNK * HEAD_ROW];
-    u8 value[CHUNK * HEAD_ROW];
-    union {
-        u8 query[CHUNK * HEAD_ROW];
-        float solve[CHUNK * SOLVE_STRIDE];  // A, then R in its place; what is above the diagonal blocks is scratch
-    };
+    u8 rows[CHUNK_BUFFERS][3][PART_BYTES];  // k, v, q: of this item, and of the next
+    float solve[CHUNK * SOLVE_STRIDE];      // A, then R in its place; what is above the diagonal blocks is scratch
     float total[CHUNK];
     float beta[CHUNK];
 };
 
-// First channel of k, v and q of a head, the parts as they lie in ChunkScratch.
+// First channel of a part of a head.
 __device__ __forceinline__ int part_channel(int part, int head) {
     int key_head = head / (VALUE_HEADS / KEY_HEADS);
-    return part == 0 ? KEY_DIM + key_head * KEY_HEAD_DIM : part == 1 ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
+    return part == KEY_PART ? KEY_DIM + key_head * KEY_HEAD_DIM : part == VALUE_PART ? 2 * KEY_DIM + head * VALUE_HEAD_DIM : key_head * KEY_HEAD_DIM;
+}
+
+// Asks for this warp's 16 rows of its group's part.
+__device__ __forceinline__ void load_rows(const PrefillArguments& a, int item, u32 rows) {
+    int warp = thread_index() / 32, part = warp / 4, lane = thread_index() % 32, first_row = warp % 4 * 16 + lane / 16;
+    int first_token = item / VALUE_HEADS * CHUNK + first_row, left = a.tokens - first_token;
+    const u16* from = a.projected + (long long)first_token * LINEAR_STRIDE + part_channel(part, item % VALUE_HEADS) + lane % 16 * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (2 * i < left) copy_async16(rows + part * PART_BYTES + swizzled<HEAD_ROW>(first_row + 2 * i, lane % 16), from + 2 * i * LINEAR_STRIDE);
 }
 
 // What the convolution of four channels needs beside the chunk's own rows.
@@ -72,63 +81,44 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
     s.total[2 * lane + 1] = total;
 }
 
-// Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of q, k and v, from raw rows to fp16 rows in place.
+// Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of a part, from raw rows to fp16 rows in place.
 // Lane l has dims 4 l to 4 l + 3 of ROWS at once, so that their chains of dependent steps overlap.
-__device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
+__device__ __forceinline__ void convolve(const PrefillArguments& a, const LinearLayer& layer, const Convolution& c, int item, u32 rows) {
     constexpr int ROWS = 4;
-    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_row = 16 * warp;
-    int rows_left = a.tokens - first_token - first_row;
-    u32 base = shared_address(&s);
-#pragma unroll 1
-    for (int part = 0; part < 3; ++part) {
-        const u16* from = a.projected + (long long)(first_token + first_row + lane / 16) * LINEAR_STRIDE + part_channel(part, head) + lane % 16 * 8;
+    int warp = thread_index() / 32 % 4, part = thread_index() / 128, lane = thread_index() % 32, first_row = 16 * warp;
+    int first_token = item / VALUE_HEADS * CHUNK + first_row, rows_left = a.tokens - first_token;
+    float4 x[3];
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (2 * i + lane / 16 < rows_left)
-                copy_async16(base + part * CHUNK * HEAD_ROW + swizzled<HEAD_ROW>(first_row + 2 * i + lane / 16, lane % 16), from + 2 * i * LINEAR_STRIDE);
+    for (int i = 0; i < 3; ++i) x[i] = make_float4(low_half(c.before[i].x), high_half(c.before[i].x), low_half(c.before[i].y), high_half(c.before[i].y));
+    if (first_token == 0) {  // before the first token: the state's window
+        const float* w = layer.conv_window + 4 * (part_channel(part, item % VALUE_HEADS) + 4 * lane);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) x[i] = make_float4(w[1 + i], w[5 + i], w[9 + i], w[13 + i]);
     }
-    copy_commit();
-    Convolution next;
-    next.load(a, layer, first_token + first_row, part_channel(0, head) + 4 * lane);
-    if (warp == 0) gates_of_chunk(a, layer, first_token, head, s);  // while the copies are on their way
 #pragma unroll 1
-    for (int part = 0; part < 3; ++part) {
-        Convolution c = next;
-        if (part < 2) next.load(a, layer, first_token + first_row, part_channel(part + 1, head) + 4 * lane);
-        float4 x[3];
+    for (int first = 0; first < 16; first += ROWS) {
+        u32 at = rows + part * PART_BYTES + (first_row + first) * HEAD_ROW + lane % 2 * 8, chunk = (lane / 2 ^ first % 8);
+        float4 y[ROWS];
+        float sums[ROWS];
 #pragma unroll
-        for (int i = 0; i < 3; ++i) x[i] = make_float4(low_half(c.before[i].x), high_half(c.before[i].x), low_half(c.before[i].y), high_half(c.before[i].y));
-        if (first_token + first_row == 0) {  // before the first token: the state's window
-            const float* w = layer.conv_window + 4 * (part_channel(part, head) + 4 * lane);
-#pragma unroll
-            for (int i = 0; i < 3; ++i) x[i] = make_float4(w[1 + i], w[5 + i], w[9 + i], w[13 + i]);
+        for (int row = 0; row < ROWS; ++row) {
+            uint2 v = load_shared2(at + swizzled<HEAD_ROW>(row, chunk));
+            float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
+            y[row].x = quick_silu(c.taps[0].x * x[0].x + c.taps[0].y * x[1].x + c.taps[0].z * x[2].x + c.taps[0].w * now.x);
+            y[row].y = quick_silu(c.taps[1].x * x[0].y + c.taps[1].y * x[1].y + c.taps[1].z * x[2].y + c.taps[1].w * now.y);
+            y[row].z = quick_silu(c.taps[2].x * x[0].z + c.taps[2].y * x[1].z + c.taps[2].z * x[2].z + c.taps[2].w * now.z);
+            y[row].w = quick_silu(c.taps[3].x * x[0].w + c.taps[3].y * x[1].w + c.taps[3].z * x[2].w + c.taps[3].w * now.w);
+            sums[row] = y[row].x * y[row].x + y[row].y * y[row].y + y[row].z * y[row].z + y[row].w * y[row].w;
+            x[0] = x[1], x[1] = x[2], x[2] = now;
         }
-        copy_wait<0>();
-        __syncwarp();
-#pragma unroll 1
-        for (int first = 0; first < 16; first += ROWS) {
-            u32 at = base + part * CHUNK * HEAD_ROW + (first_row + first) * HEAD_ROW + lane % 2 * 8, chunk = (lane / 2 ^ first % 8);
-            float4 y[ROWS];
-            float sums[ROWS];
+        float norm = rsqrt_fast(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane * ROWS / 32
+        if (part == VALUE_PART) norm = 1.0f;
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                uint2 v = load_shared2(at + swizzled<HEAD_ROW>(row, chunk));
-                float4 now = make_float4(low_half(v.x), high_half(v.x), low_half(v.y), high_half(v.y));
-                y[row].x = quick_silu(c.taps[0].x * x[0].x + c.taps[0].y * x[1].x + c.taps[0].z * x[2].x + c.taps[0].w * now.x);
-                y[row].y = quick_silu(c.taps[1].x * x[0].y + c.taps[1].y * x[1].y + c.taps[1].z * x[2].y + c.taps[1].w * now.y);
-                y[row].z = quick_silu(c.taps[2].x * x[0].z + c.taps[2].y * x[1].z + c.taps[2].z * x[2].z + c.taps[2].w * now.z);
-                y[row].w = quick_silu(c.taps[3].x * x[0].w + c.taps[3].y * x[1].w + c.taps[3].z * x[2].w + c.taps[3].w * now.w);
-                sums[row] = y[row].x * y[row].x + y[row].y * y[row].y + y[row].z * y[row].z + y[row].w * y[row].w;
-                x[0] = x[1], x[1] = x[2], x[2] = now;
-            }
-            float norm = part == 1 ? 1.0f : rsqrt_fast(warp_sum_scatter(sums, lane) + 1e-6f);  // of row lane * ROWS / 32
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                float scale = __shfl_sync(0xFFFFFFFFu, norm, 32 / ROWS * row);
-                bool valid = first + row < rows_left;  // padding is zero: it leaves the state alone
-                u32 low = valid ? pack_half2(y[row].x * scale, y[row].y * scale) : 0, high = valid ? pack_half2(y[row].z * scale, y[row].w * scale) : 0;
-                store_shared2(at + swizzled<HEAD_ROW>(row, chunk), low, high);
-            }
+        for (int row = 0; row < ROWS; ++row) {
+            float scale = __shfl_sync(0xFFFFFFFFu, norm, 32 / ROWS * row);
+            bool valid = first + row < rows_left;  // padding is zero: it leaves the state alone
+            u32 low = valid ? pack_half2(y[row].x * scale, y[row].y * scale) : 0, high = valid ? pack_half2(y[row].z * scale, y[row].w * scale) : 0;
+            store_shared2(at + swizzled<HEAD_ROW>(row, chunk), low, high);
         }
     }
 }
@@ -211,57 +201,54 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
     group_barrier(barrier, 128);
 }
 
-// U = R diag(beta) v and -W = -R diag(beta exp(total)) k, of this warp's 16 tokens.
-__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u8* item) {
+// A group's share of the products with R: U = R diag(beta) v for the values, -W = -R diag(beta exp(total)) k for the keys.
+__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u32 rows, int part, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, row = 16 * warp + lane / 4;
+    const bool keys = part == KEY_PART;
+    float acc[16][4] = {};
 #pragma unroll 1
-    for (int part = 0; part < 2; ++part) {
-        u32 rows = shared_address(part ? s.key : s.value);
-        float acc[16][4] = {};
-#pragma unroll 1
-        for (int k = 0; k <= warp; ++k) {
-            u32 r[4];
+    for (int k = 0; k <= warp; ++k) {
+        u32 r[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int column = 16 * k + i / 2 * 8 + 2 * (lane % 4);
-                float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta + column);
-                if (part) {
-                    float2 total = *(const float2*)(s.total + column);
-                    beta.x *= -quick_exp(total.x), beta.y *= -quick_exp(total.y);
-                }
-                r[i] = pack_half2(v.x * beta.x, v.y * beta.y);
+        for (int i = 0; i < 4; ++i) {
+            int column = 16 * k + i / 2 * 8 + 2 * (lane % 4);
+            float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta + column);
+            if (keys) {
+                float2 total = *(const float2*)(s.total + column);
+                beta.x *= -quick_exp(total.x), beta.y *= -quick_exp(total.y);
             }
-#pragma unroll
-            for (int n = 0; n < 16; n += 2) {
-                u32 b[4];
-                load_matrix_transposed(b, rows + swizzled<HEAD_ROW>(16 * k + lane % 16, n + lane / 16));
-                multiply_half(acc[n], r, b[0], b[1]);
-                multiply_half(acc[n + 1], r, b[2], b[3]);
-            }
+            r[i] = pack_half2(v.x * beta.x, v.y * beta.y);
         }
-        u8* at = item + (part ? ITEM_WEIGHT : ITEM_DELTA) + lane % 4 * 4;
-        // On sm_90a, U is for the accumulators of delta_wgmma.cuh as it is in these.
-        uint2* fragments = (uint2*)(item + ITEM_DELTA) + thread_index() % 128;
 #pragma unroll
-        for (int n = 0; n < 16; ++n) {
-            u32 first = pack_half2(acc[n][0], acc[n][1]), second = pack_half2(acc[n][2], acc[n][3]);
-            if (WGMMA && !part)
-                fragments[128 * n] = make_uint2(first, second);
-            else
-                *(u32*)(at + item_place(row, n)) = first, *(u32*)(at + item_place(row + 8, n)) = second;
+        for (int n = 0; n < 16; n += 2) {
+            u32 b[4];
+            load_matrix_transposed(b, rows + part * PART_BYTES + swizzled<HEAD_ROW>(16 * k + lane % 16, n + lane / 16));
+            multiply_half(acc[n], r, b[0], b[1]);
+            multiply_half(acc[n + 1], r, b[2], b[3]);
         }
+    }
+    // On sm_90a, U is for the accumulators of delta_wgmma.cuh as it is in these.
+    u8* at = item + (keys ? ITEM_WEIGHT : ITEM_DELTA) + lane % 4 * 4;
+    uint2* fragments = (uint2*)(item + ITEM_DELTA) + thread_index() % 128;
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+        u32 first = pack_half2(acc[n][0], acc[n][1]), second = pack_half2(acc[n][2], acc[n][3]);
+        if (WGMMA && !keys)
+            fragments[128 * n] = make_uint2(first, second);
+        else
+            *(u32*)(at + item_place(row, n)) = first, *(u32*)(at + item_place(row + 8, n)) = second;
     }
 }
 
 // This warp's 16 rows of q, faded from the chunk's start, and of k, faded to its end, to device memory.
-__device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
+__device__ __forceinline__ void store_faded(const ChunkScratch& s, u32 rows, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, chunk = lane % 16;
     float end = s.total[CHUNK - 1];
 #pragma unroll 2
     for (int i = 0; i < 16; ++i) {
         bool is_key = i >= 8;
         int row = 16 * warp + 2 * (i % 8) + lane / 16;
-        uint4 v = load_shared4(shared_address(is_key ? s.key : s.query) + swizzled<HEAD_ROW>(row, chunk));
+        uint4 v = load_shared4(rows + (is_key ? KEY_PART : QUERY_PART) * PART_BYTES + swizzled<HEAD_ROW>(row, chunk));
         float f = quick_exp(is_key ? end - s.total[row] : s.total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
         *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + item_place(row, chunk)) =
@@ -269,63 +256,81 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u8* item) {
     }
 }
 
-__device__ __forceinline__ void delta_chunk(const PrefillArguments& a, const LinearLayer& layer, int chunk, int head, ChunkScratch& s, int barrier) {
-    int warp = thread_index() / 32 % 4, lane = thread_index() % 32, first_token = chunk * CHUNK;
-    u8* item = a.items + (long long)(chunk * VALUE_HEADS + head) * ITEM_BYTES;
-    u32 query = shared_address(s.query), key = shared_address(s.key);
-    convolve(a, layer, first_token, head, s);
-    group_barrier(barrier, 128);
-
-    // k k^T and q k^T; above the diagonal there is nothing to do.
-    float kk[8][4] = {}, qk[8][4] = {};
+// k k^T by one group, for A, and q k^T by another, for the scores; above the diagonal there is nothing to do.
+__device__ __forceinline__ void multiply_keys(ChunkScratch& s, u32 rows, int part, u8* item) {
+    int warp = thread_index() / 32 % 4, lane = thread_index() % 32;
+    float acc[8][4] = {};
 #pragma unroll 2
     for (int k = 0; k < KEY_HEAD_DIM / 16; ++k) {
-        u32 q_rows[4], k_rows[4];
-        load_matrix(q_rows, query + swizzled<HEAD_ROW>(16 * warp + lane % 16, 2 * k + lane / 16));
-        load_matrix(k_rows, key + swizzled<HEAD_ROW>(16 * warp + lane % 16, 2 * k + lane / 16));
+        u32 own[4];
+        load_matrix(own, rows + part * PART_BYTES + swizzled<HEAD_ROW>(16 * warp + lane % 16, 2 * k + lane / 16));
 #pragma unroll
         for (int n = 0; n < 8; n += 2)
             if (n / 2 <= warp) {
                 u32 b[4];
-                load_matrix(b, key + swizzled<HEAD_ROW>(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-                multiply_half(kk[n], k_rows, b[0], b[1]);
-                multiply_half(kk[n + 1], k_rows, b[2], b[3]);
-                multiply_half(qk[n], q_rows, b[0], b[1]);
-                multiply_half(qk[n + 1], q_rows, b[2], b[3]);
+                load_matrix(b, rows + KEY_PART * PART_BYTES + swizzled<HEAD_ROW>(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+                multiply_half(acc[n], own, b[0], b[1]);
+                multiply_half(acc[n + 1], own, b[2], b[3]);
             }
     }
-    store_faded(s, item);
-    if (warp == 0 && lane == 0) a.fades[chunk * VALUE_HEADS + head] = quick_exp(s.total[CHUNK - 1]);
-    group_barrier(barrier, 128);  // the queries are read: the matrix takes their place
-    int i = 16 * warp + lane / 4;
-    float from[2] = {s.total[i], s.total[i + 8]}, beta[2] = {s.beta[i], s.beta[i + 8]};
+    const int row = 16 * warp + lane / 4, i = row - 2 * (lane % 4);  // minus the first column of fragment 0
+    const bool keys = part == KEY_PART;
+    float from[2] = {s.total[row], s.total[row + 8]}, beta[2] = {keys ? s.beta[row] : 1.0f, keys ? s.beta[row + 8] : 1.0f};
     u8* scores = item + ITEM_SCORES + lane % 4 * 4;
-    const int first_row = i;
-    float* solve = s.solve + i * SOLVE_STRIDE + 2 * (lane % 4);
-    i -= 2 * (lane % 4);  // minus the first column of fragment 0
+    float* solve = s.solve + row * SOLVE_STRIDE + 2 * (lane % 4);
+    const int least = keys ? 1 : 0;  // row minus column
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
         float2 to = *(const float2*)(s.total + 8 * n + 2 * (lane % 4));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int below = i + 8 * half - 8 * n;  // row minus column
-            float fade = below >= 0 ? quick_exp(from[half] - to.x) : 0.0f, next = below >= 1 ? quick_exp(from[half] - to.y) : 0.0f;
-            *(u32*)(scores + score_place(first_row + 8 * half, n)) = pack_half2(qk[n][2 * half] * fade, qk[n][2 * half + 1] * next);
-            *(float2*)(solve + 8 * n + half * 8 * SOLVE_STRIDE) = make_float2(below >= 1 ? beta[half] * kk[n][2 * half] * fade : 0.0f,
-                                                                              below >= 2 ? beta[half] * kk[n][2 * half + 1] * next : 0.0f);
+            int below = i + 8 * half - 8 * n;
+            float first = below >= least ? acc[n][2 * half] * beta[half] * quick_exp(from[half] - to.x) : 0.0f;
+            float second = below >= least + 1 ? acc[n][2 * half + 1] * beta[half] * quick_exp(from[half] - to.y) : 0.0f;
+            if (keys)
+                *(float2*)(solve + 8 * n + half * 8 * SOLVE_STRIDE) = make_float2(first, second);
+            else
+                *(u32*)(scores + score_place(row + 8 * half, n)) = pack_half2(first, second);
         }
     }
-    group_barrier(barrier, 128);
-    invert(s.solve, barrier);
-
-    multiply_inverse(s, item);
-    group_barrier(barrier, 128);  // before the next item overwrites the rows
 }
 
 __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const LinearLayer& layer, u8* memory) {
-    int group = thread_index() / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
-    if (group >= CHUNK_GROUPS) return;
-    ChunkScratch& scratch = ((ChunkScratch*)memory)[group];
-    for (int item = group * gridDim.x + block_index(); item < items; item += CHUNK_GROUPS * gridDim.x)
-        delta_chunk(a, layer, item / VALUE_HEADS, item % VALUE_HEADS, scratch, 1 + group);
+    const int group = thread_index() / 128, lane = thread_index() % 32, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
+    ChunkScratch& s = *(ChunkScratch*)memory;
+    Convolution next;
+    auto load = [&](int item, u32 rows) {
+        if (item < items) {
+            load_rows(a, item, rows);
+            next.load(a, layer, item / VALUE_HEADS * CHUNK + thread_index() / 32 % 4 * 16, part_channel(group, item % VALUE_HEADS) + 4 * lane);
+        }
+        copy_commit();
+    };
+    load(block_index(), shared_address(s.rows[0]));
+    int buffer = 0;
+#pragma unroll 1
+    for (int item = block_index(); item < items; item += gridDim.x) {
+        const u32 rows = shared_address(s.rows[0]) + buffer * (3 * PART_BYTES);
+        u8* to = a.items + (long long)item * ITEM_BYTES;
+        if (thread_index() / 32 == 4 * VALUE_PART) gates_of_chunk(a, layer, item / VALUE_HEADS * CHUNK, item % VALUE_HEADS, s);
+        Convolution c = next;
+        copy_wait<0>();
+        __syncwarp();
+        convolve(a, layer, c, item, rows);
+        worker_sync();  // rows and gates are there
+        if (CHUNK_BUFFERS > 1) load(item + gridDim.x, shared_address(s.rows[0]) + (buffer ^ 1) * (3 * PART_BYTES)), buffer ^= 1;
+        if (group == VALUE_PART)
+            store_faded(s, rows, to);
+        else
+            multiply_keys(s, rows, group, to);
+        if (group == KEY_PART) {
+            group_barrier(1, 128);
+            invert(s.solve, 1);
+            if (thread_index() == 0) a.fades[item] = quick_exp(s.total[CHUNK - 1]);
+        }
+        worker_sync();  // R is there
+        if (group != QUERY_PART) multiply_inverse(s, rows, group, to);
+        worker_sync();  // rows and R are read
+        if (CHUNK_BUFFERS == 1) load(item + gridDim.x, shared_address(s.rows[0]));
+    }
 }

@@ -298,12 +298,8 @@ __device__ __forceinline__ void multiply_keys(ChunkScratch& s, u32 rows, int par
 __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const LinearLayer& layer, u8* memory) {
     const int group = thread_index() / 128, lane = thread_index() % 32, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
     ChunkScratch& s = *(ChunkScratch*)memory;
-    Convolution next;
     auto load = [&](int item, u32 rows) {
-        if (item < items) {
-            load_rows(a, item, rows);
-            next.load(a, layer, item / VALUE_HEADS * CHUNK + thread_index() / 32 % 4 * 16, part_channel(group, item % VALUE_HEADS) + 4 * lane);
-        }
+        if (item < items) load_rows(a, item, rows);
         copy_commit();
     };
     load(block_index(), shared_address(s.rows[0]));
@@ -313,7 +309,8 @@ __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const Li
         const u32 rows = shared_address(s.rows[0]) + buffer * (3 * PART_BYTES);
         u8* to = a.items + (long long)item * ITEM_BYTES;
         if (thread_index() / 32 == 4 * VALUE_PART) gates_of_chunk(a, layer, item / VALUE_HEADS * CHUNK, item % VALUE_HEADS, s);
-        Convolution c = next;
+        Convolution c;
+        c.load(a, layer, item / VALUE_HEADS * CHUNK + thread_index() / 32 % 4 * 16, part_channel(group, item % VALUE_HEADS) + 4 * lane);
         copy_wait<0>();
         __syncwarp();
         convolve(a, layer, c, item, rows);

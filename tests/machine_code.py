@@ -47,9 +47,8 @@ def reachable(code: list[tuple[list[str], str]], start: int) -> set[int]:
             continue
         seen.add(i)
         text = code[i][1]
-        if target := TARGET.search(text):
-            if not text.split()[0].startswith("BSSY"):
-                open_.append(places[target[1]])
+        if (target := TARGET.search(text)) and not text.startswith("BSSY"):
+            open_.append(places[target[1]])
         always = not text.startswith("@")
         if not (always and re.match(r"(EXIT|BRA `)", text)):
             open_.append(i + 1)

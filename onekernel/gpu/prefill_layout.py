@@ -200,9 +200,10 @@ def wgmma_source(tokens: int, columns: int) -> str:
 {_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
 {_wgmma("wgmma_scores", 64, from_registers=False, transposed=False, adds=False)}
 {_wgmma("wgmma_values", 128, from_registers=False, transposed=True)}
-{_wgmma("wgmma_delta", columns, from_registers=False, transposed=False, half=True)}
-{_wgmma("wgmma_update", columns, from_registers=False, transposed=False, half=True, transposed_a=True)}
+{_wgmma("wgmma_delta", columns, from_registers=True, transposed=False, half=True)}
+{_wgmma("wgmma_update", columns, from_registers=False, transposed=False, half=True, across=True)}
 {_wgmma("wgmma_output", 128, from_registers=False, transposed=False, half=True)}
+{_wgmma("wgmma_scored", 128, from_registers=True, transposed=False, half=True)}
 #endif
 """
 
@@ -214,18 +215,19 @@ def _wgmma(
     transposed: bool,
     adds: bool = True,
     half: bool = False,
-    transposed_a: bool = False,
+    across: bool = False,
 ) -> str:
     """A function around the instruction for 64 rows, 16 deep, of bf16 or fp16: acc += a b, with b in shared memory.
 
     adds: always; otherwise where the last parameter says so, and acc = a b where not.
+    across: the rows of a are columns in shared memory.
     """
     count = columns // 2  # accumulators of a thread
     words = ("a", "b", "c", "d") if from_registers else ("a",)
     outputs = ", ".join(f"%{i}" for i in range(count))
     first = ", ".join(f"%{count + i}" for i in range(len(words)))
     first = f"{{{first}}}" if from_registers else first
-    modes = ", ".join(["1", "1"] + [str(int(transposed_a))] * (not from_registers) + [str(int(transposed))])
+    modes = ", ".join(["1", "1"] + [str(int(across))] * (not from_registers) + [str(int(transposed))])
     number = "f16" if half else "bf16"
     operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
     kind, constraint = ("unsigned", "r") if from_registers else ("unsigned long long", "l")

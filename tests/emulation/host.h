@@ -337,12 +337,16 @@ template <int F> inline void wgmma_half(float (&acc)[F][4], const u32 (&words)[4
     u32 base = (u32)b << 4;
     wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, half_value);
 }
-template <int F> inline void wgmma_delta(float (&acc)[F][4], u64 a, u64 b) {
+template <int F> inline void wgmma_output(float (&acc)[F][4], u64 a, u64 b) {
     u32 words[4];
     wgmma_rows(words, a);
     wgmma_half(acc, words, b);
 }
-template <int F> inline void wgmma_output(float (&acc)[F][4], u64 a, u64 b) { wgmma_delta(acc, a, b); }
+template <int F> inline void wgmma_delta(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 operand) {
+    u32 words[4] = {a, b, c, d};
+    wgmma_half(acc, words, operand);
+}
+template <int F> inline void wgmma_scored(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 operand) { wgmma_delta(acc, a, b, c, d, operand); }
 template <int F> inline void wgmma_update(float (&acc)[F][4], u64 a, u64 b) {  // a is transposed: 16 rows in memory are its depth
     int l = threadIdx.x % 32, w = threadIdx.x / 32 % 4;
     u32 base = (u32)a << 4, words[4];

@@ -201,6 +201,17 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
     group_barrier(barrier, 128);
 }
 
+// Two fragments n and n + 1 of a matrix of 64 rows. On sm_90a they are registers of wgmma, and stay as they are.
+__device__ __forceinline__ void store_pair(u8* matrix, int row, int n, uint4 v, int row_bytes) {
+    if (WGMMA) {
+        ((uint4*)matrix)[thread_index() % 128 + 64 * n] = v;
+        return;
+    }
+    u8* at = matrix + row * row_bytes + 16 * n + thread_index() % 4 * 4;
+    *(u32*)at = v.x, *(u32*)(at + 8 * row_bytes) = v.y;
+    *(u32*)(at + 16) = v.z, *(u32*)(at + 8 * row_bytes + 16) = v.w;
+}
+
 // A group's share of the products with R: U = R diag(beta) v for the values, -W = -R diag(beta exp(total)) k for the keys.
 __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u32 rows, int part, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, row = 16 * warp + lane / 4;
@@ -227,17 +238,11 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u32 rows
             multiply_half(acc[n + 1], r, b[2], b[3]);
         }
     }
-    // On sm_90a, U is for the accumulators of delta_wgmma.cuh as it is in these.
-    u8* at = item + (keys ? ITEM_WEIGHT : ITEM_DELTA) + lane % 4 * 4;
-    uint2* fragments = (uint2*)(item + ITEM_DELTA) + thread_index() % 128;
+    u8* to = item + (keys ? ITEM_WEIGHT : ITEM_DELTA);
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-        u32 first = pack_half2(acc[n][0], acc[n][1]), second = pack_half2(acc[n][2], acc[n][3]);
-        if (WGMMA && !keys)
-            fragments[128 * n] = make_uint2(first, second);
-        else
-            *(u32*)(at + item_place(row, n)) = first, *(u32*)(at + item_place(row + 8, n)) = second;
-    }
+    for (int n = 0; n < 16; n += 2)
+        store_pair(to, row, n, make_uint4(pack_half2(acc[n][0], acc[n][1]), pack_half2(acc[n][2], acc[n][3]), pack_half2(acc[n + 1][0], acc[n + 1][1]),
+                                          pack_half2(acc[n + 1][2], acc[n + 1][3])), KEY_HEAD_DIM * 2);
 }
 
 // This warp's 16 rows of q, faded from the chunk's start, and of k, faded to its end, to device memory.
@@ -276,7 +281,6 @@ __device__ __forceinline__ void multiply_keys(ChunkScratch& s, u32 rows, int par
     const int row = 16 * warp + lane / 4, i = row - 2 * (lane % 4);  // minus the first column of fragment 0
     const bool keys = part == KEY_PART;
     float from[2] = {s.total[row], s.total[row + 8]}, beta[2] = {keys ? s.beta[row] : 1.0f, keys ? s.beta[row + 8] : 1.0f};
-    u8* scores = item + ITEM_SCORES + lane % 4 * 4;
     float* solve = s.solve + row * SOLVE_STRIDE + 2 * (lane % 4);
     const int least = keys ? 1 : 0;  // row minus column
 #pragma unroll
@@ -285,13 +289,20 @@ __device__ __forceinline__ void multiply_keys(ChunkScratch& s, u32 rows, int par
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int below = i + 8 * half - 8 * n;
-            float first = below >= least ? acc[n][2 * half] * beta[half] * quick_exp(from[half] - to.x) : 0.0f;
-            float second = below >= least + 1 ? acc[n][2 * half + 1] * beta[half] * quick_exp(from[half] - to.y) : 0.0f;
-            if (keys)
-                *(float2*)(solve + 8 * n + half * 8 * SOLVE_STRIDE) = make_float2(first, second);
-            else
-                *(u32*)(scores + score_place(row + 8 * half, n)) = pack_half2(first, second);
+            acc[n][2 * half] = below >= least ? acc[n][2 * half] * beta[half] * quick_exp(from[half] - to.x) : 0.0f;
+            acc[n][2 * half + 1] = below >= least + 1 ? acc[n][2 * half + 1] * beta[half] * quick_exp(from[half] - to.y) : 0.0f;
         }
+    }
+    if (keys) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) *(float2*)(solve + 8 * n + half * 8 * SOLVE_STRIDE) = make_float2(acc[n][2 * half], acc[n][2 * half + 1]);
+    } else {
+#pragma unroll
+        for (int n = 0; n < 8; n += 2)
+            store_pair(item + ITEM_SCORES, row, n, make_uint4(pack_half2(acc[n][0], acc[n][1]), pack_half2(acc[n][2], acc[n][3]), pack_half2(acc[n + 1][0], acc[n + 1][1]),
+                                                              pack_half2(acc[n + 1][2], acc[n + 1][3])), CHUNK * 2);
     }
 }
 

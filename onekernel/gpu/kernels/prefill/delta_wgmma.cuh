@@ -7,7 +7,7 @@
 // delta to each other as fp16 through shared memory, and leave both in the item. `gated_output` then makes all chunks at
 // once: output = (faded q) S + scores delta, and its gated norm. The asker brings the items in.
 //
-// In an item and in shared memory alike, all matrices are operands of wgmma: blocks of rows of 128 bytes, swizzled.
+// In an item and in shared memory alike, all matrices are operands of wgmma: blocks of rows of 128 bytes, swizzled, or registers.
 #pragma once
 
 #include "prefill/delta_chunks.cuh"
@@ -125,10 +125,10 @@ __device__ __forceinline__ void correct(const PrefillArguments& a, int head, int
     const int chunks = (a.tokens + CHUNK - 1) / CHUNK;
     u8* item = a.items + (long long)head * ITEM_BYTES + ITEM_DELTA + part * (SCAN_COLUMNS * 128);
     constexpr long long NEXT = (long long)VALUE_HEADS * ITEM_BYTES;
-    uint2 own[CARRY_FRAGMENTS];  // U, fetched a chunk ahead
+    uint4 own[CARRY_FRAGMENTS / 2];  // U, fetched a chunk ahead
     auto fetch = [&](const u8* from) {
 #pragma unroll
-        for (int n = 0; n < CARRY_FRAGMENTS; ++n) own[n] = *(const uint2*)(from + (n * 128 + thread_index() % 128) * 8);
+        for (int n = 0; n < CARRY_FRAGMENTS / 2; ++n) own[n] = ((const uint4*)from)[thread_index() % 128 + 128 * n];
     };
     fetch(item);
 #pragma unroll 1
@@ -136,18 +136,21 @@ __device__ __forceinline__ void correct(const PrefillArguments& a, int head, int
         CarryFragments delta;
 #pragma unroll
         for (int n = 0; n < CARRY_FRAGMENTS; ++n) {
-            float2 first = unpack_half2(own[n].x), second = unpack_half2(own[n].y);
+            float2 first = unpack_half2(n % 2 ? own[n / 2].z : own[n / 2].x), second = unpack_half2(n % 2 ? own[n / 2].w : own[n / 2].y);
             delta[n][0] = first.x, delta[n][1] = first.y, delta[n][2] = second.x, delta[n][3] = second.y;
         }
         if (chunk + 1 < chunks) fetch(item + NEXT);
         barrier_wait(passage.full(carried), carried / CARRY_STAGES & 1);
+        uint4 weight[KEY_HEAD_DIM / 16];
+#pragma unroll
+        for (int k = 0; k < KEY_HEAD_DIM / 16; ++k)
+            weight[k] = load_shared4(shared + carried % CARRY_STAGES * CARRY_STAGE + ITEM_WEIGHT + (thread_index() % 128 + 128 * k) * 16);
         worker_sync();  // the state is there
-        const u32 weight = shared + carried % CARRY_STAGES * CARRY_STAGE + ITEM_WEIGHT;
         hold_carry(delta);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < KEY_HEAD_DIM / 16; ++k)
-            wgmma_delta(delta, wgmma_operand(weight + k / 4 * (CHUNK * 128)) + k % 4 * 2, wgmma_operand(shared + STATE_IMAGE + k / 4 * (SCAN_COLUMNS * 128)) + k % 4 * 2);
+            wgmma_delta(delta, weight[k].x, weight[k].y, weight[k].z, weight[k].w, wgmma_operand(shared + STATE_IMAGE + k / 4 * (SCAN_COLUMNS * 128)) + k % 4 * 2);
         wgmma_commit();
         wgmma_wait<0>();
         hold_carry(delta);
@@ -210,12 +213,15 @@ __device__ __forceinline__ void output_of_chunk(const PrefillArguments& a, const
     }
     constexpr int SCORES = ITEM_SCORES - ITEM_QUERY, DELTA = ITEM_DELTA - ITEM_QUERY, STATE = ITEM_STATE - ITEM_QUERY;
     barrier_wait(full, turn & 1);
+    uint4 scores[CHUNK / 16];
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; ++k) scores[k] = load_shared4(slot + SCORES + (thread_index() % 128 + 128 * k) * 16);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < KEY_HEAD_DIM / 16; ++k)
         wgmma_output(acc, wgmma_operand(slot + k / 4 * (CHUNK * 128)) + k % 4 * 2, wgmma_operand(slot + STATE + k / 4 * (VALUE_HEAD_DIM * 128)) + k % 4 * 2);
 #pragma unroll
-    for (int k = 0; k < CHUNK / 16; ++k) wgmma_output(acc, wgmma_operand(slot + SCORES) + 2 * k, wgmma_operand(slot + DELTA) + 2 * k);
+    for (int k = 0; k < CHUNK / 16; ++k) wgmma_scored(acc, scores[k].x, scores[k].y, scores[k].z, scores[k].w, wgmma_operand(slot + DELTA) + 2 * k);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll

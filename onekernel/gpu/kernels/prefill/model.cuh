@@ -79,12 +79,11 @@ constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;       // [64, 128] U
 constexpr int ITEM_STATE = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;  // on sm_90a, from carry_state: S, [2][128 columns][64 dims]
 constexpr int ITEM_BYTES = ITEM_STATE + (WGMMA ? VALUE_HEAD_DIM * KEY_HEAD_DIM * 2 : 0);
 
-// The place in an item of 16 bytes of a row of W, q or k. On sm_90a blocks of 64 dims, as wgmma reads them.
+// The place in an item of 16 bytes of a row of q or k. On sm_90a blocks of 64 dims, as wgmma reads them; W, the scores and U
+// are kept as registers of wgmma there, fragments of 8 columns in pairs: [pairs][128 threads] of 16 bytes.
 __device__ __forceinline__ u32 item_place(int row, int chunk) {
     return WGMMA ? chunk / 8 * (CHUNK * 128) + swizzled<128>(row, chunk % 8) : row * (KEY_HEAD_DIM * 2) + 16 * chunk;
 }
-// The same of a row of the scores.
-__device__ __forceinline__ u32 score_place(int row, int chunk) { return WGMMA ? swizzled<128>(row, chunk) : row * (CHUNK * 2) + 16 * chunk; }
 
 __device__ __forceinline__ LinearLayer linear_layer(const PrefillArguments& a, int layer) {
     LinearLayer l;

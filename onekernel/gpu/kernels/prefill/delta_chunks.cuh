@@ -18,8 +18,8 @@ enum Part { KEY_PART, VALUE_PART, QUERY_PART };
 struct ChunkScratch {
     u8 rows[CHUNK_BUFFERS][3][PART_BYTES];  // k, v, q: of this item, and of the next
     float solve[CHUNK * SOLVE_STRIDE];      // A, then R in its place; what is above the diagonal blocks is scratch
-    float total[CHUNK];
-    float beta[CHUNK];
+    float total[2][CHUNK];                  // of this item, and of the next
+    float beta[2][CHUNK];
 };
 
 // First channel of a part of a head.
@@ -55,7 +55,7 @@ struct Convolution {
 };
 
 // beta and the cumulative decay; by one warp.
-__device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, ChunkScratch& s) {
+__device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const LinearLayer& layer, int first_token, int head, float* totals, float* betas) {
     int lane = thread_index() % 32;
     float decay[2];
 #pragma unroll
@@ -69,7 +69,7 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
             float x = gates[VALUE_HEADS] + load_constant(layer.dt_bias + head);
             decay[i] = load_constant(layer.negative_decay_rate + head) * (x > 20.0f ? x : log1pf(__expf(x)));
         }
-        s.beta[2 * lane + i] = beta;
+        betas[2 * lane + i] = beta;
     }
     float total = decay[0] + decay[1];
 #pragma unroll
@@ -77,8 +77,8 @@ __device__ __forceinline__ void gates_of_chunk(const PrefillArguments& a, const 
         float before = __shfl_up_sync(0xFFFFFFFFu, total, offset);
         if (lane >= offset) total += before;
     }
-    s.total[2 * lane] = total - decay[1];
-    s.total[2 * lane + 1] = total;
+    totals[2 * lane] = total - decay[1];
+    totals[2 * lane + 1] = total;
 }
 
 // Convolution, SiLU and (for q and k) l2 norm of this warp's 16 tokens of a part, from raw rows to fp16 rows in place.
@@ -213,7 +213,7 @@ __device__ __forceinline__ void store_pair(u8* matrix, int row, int n, uint4 v, 
 }
 
 // A group's share of the products with R: U = R diag(beta) v for the values, -W = -R diag(beta exp(total)) k for the keys.
-__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u32 rows, int part, u8* item) {
+__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, int turn, u32 rows, int part, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, row = 16 * warp + lane / 4;
     const bool keys = part == KEY_PART;
     float acc[16][4] = {};
@@ -223,9 +223,9 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u32 rows
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int column = 16 * k + i / 2 * 8 + 2 * (lane % 4);
-            float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta + column);
+            float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta[turn] + column);
             if (keys) {
-                float2 total = *(const float2*)(s.total + column);
+                float2 total = *(const float2*)(s.total[turn] + column);
                 beta.x *= -quick_exp(total.x), beta.y *= -quick_exp(total.y);
             }
             r[i] = pack_half2(v.x * beta.x, v.y * beta.y);
@@ -246,15 +246,15 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, u32 rows
 }
 
 // This warp's 16 rows of q, faded from the chunk's start, and of k, faded to its end, to device memory.
-__device__ __forceinline__ void store_faded(const ChunkScratch& s, u32 rows, u8* item) {
+__device__ __forceinline__ void store_faded(const float* total, u32 rows, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, chunk = lane % 16;
-    float end = s.total[CHUNK - 1];
+    float end = total[CHUNK - 1];
 #pragma unroll 2
     for (int i = 0; i < 16; ++i) {
         bool is_key = i >= 8;
         int row = 16 * warp + 2 * (i % 8) + lane / 16;
         uint4 v = load_shared4(rows + (is_key ? KEY_PART : QUERY_PART) * PART_BYTES + swizzled<HEAD_ROW>(row, chunk));
-        float f = quick_exp(is_key ? end - s.total[row] : s.total[row]);
+        float f = quick_exp(is_key ? end - total[row] : total[row]);
         float2 x = unpack_half2(v.x), y = unpack_half2(v.y), z = unpack_half2(v.z), w = unpack_half2(v.w);
         *(uint4*)(item + (is_key ? ITEM_KEY : ITEM_QUERY) + item_place(row, chunk)) =
             make_uint4(pack_half2(x.x * f, x.y * f), pack_half2(y.x * f, y.y * f), pack_half2(z.x * f, z.y * f), pack_half2(w.x * f, w.y * f));
@@ -262,7 +262,7 @@ __device__ __forceinline__ void store_faded(const ChunkScratch& s, u32 rows, u8*
 }
 
 // k k^T by one group, for A, and q k^T by another, for the scores; above the diagonal there is nothing to do.
-__device__ __forceinline__ void multiply_keys(ChunkScratch& s, u32 rows, int part, u8* item) {
+__device__ __forceinline__ void multiply_keys(ChunkScratch& s, int turn, u32 rows, int part, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32;
     float acc[8][4] = {};
 #pragma unroll 2
@@ -280,12 +280,12 @@ __device__ __forceinline__ void multiply_keys(ChunkScratch& s, u32 rows, int par
     }
     const int row = 16 * warp + lane / 4, i = row - 2 * (lane % 4);  // minus the first column of fragment 0
     const bool keys = part == KEY_PART;
-    float from[2] = {s.total[row], s.total[row + 8]}, beta[2] = {keys ? s.beta[row] : 1.0f, keys ? s.beta[row + 8] : 1.0f};
+    float from[2] = {s.total[turn][row], s.total[turn][row + 8]}, beta[2] = {keys ? s.beta[turn][row] : 1.0f, keys ? s.beta[turn][row + 8] : 1.0f};
     float* solve = s.solve + row * SOLVE_STRIDE + 2 * (lane % 4);
     const int least = keys ? 1 : 0;  // row minus column
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-        float2 to = *(const float2*)(s.total + 8 * n + 2 * (lane % 4));
+        float2 to = *(const float2*)(s.total[turn] + 8 * n + 2 * (lane % 4));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int below = i + 8 * half - 8 * n;
@@ -313,31 +313,38 @@ __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const Li
         if (item < items) load_rows(a, item, rows);
         copy_commit();
     };
+    Convolution next;
+    int turn = 0;  // of the two places of decay and beta
+    // What an item's convolution and gates need, while the products of the item before are made.
+    // Behind the last item, of that once more: a register that is loaded under a condition is one that lives through all phases.
+    auto prepare = [&](int item, int turn) {
+        item = min(item, items - 1);
+        if (thread_index() / 32 == 4 * QUERY_PART) gates_of_chunk(a, layer, item / VALUE_HEADS * CHUNK, item % VALUE_HEADS, s.total[turn], s.beta[turn]);
+        next.load(a, layer, item / VALUE_HEADS * CHUNK + thread_index() / 32 % 4 * 16, part_channel(group, item % VALUE_HEADS) + 4 * lane);
+    };
     load(block_index(), shared_address(s.rows[0]));
-    int buffer = 0;
+    prepare(block_index(), turn);
 #pragma unroll 1
-    for (int item = block_index(); item < items; item += gridDim.x) {
-        const u32 rows = shared_address(s.rows[0]) + buffer * (3 * PART_BYTES);
+    for (int item = block_index(); item < items; item += gridDim.x, turn ^= 1) {
+        const u32 rows = shared_address(s.rows[0]) + turn % CHUNK_BUFFERS * (3 * PART_BYTES);
         u8* to = a.items + (long long)item * ITEM_BYTES;
-        if (thread_index() / 32 == 4 * VALUE_PART) gates_of_chunk(a, layer, item / VALUE_HEADS * CHUNK, item % VALUE_HEADS, s);
-        Convolution c;
-        c.load(a, layer, item / VALUE_HEADS * CHUNK + thread_index() / 32 % 4 * 16, part_channel(group, item % VALUE_HEADS) + 4 * lane);
         copy_wait<0>();
         __syncwarp();
-        convolve(a, layer, c, item, rows);
+        convolve(a, layer, next, item, rows);
         worker_sync();  // rows and gates are there
-        if (CHUNK_BUFFERS > 1) load(item + gridDim.x, shared_address(s.rows[0]) + (buffer ^ 1) * (3 * PART_BYTES)), buffer ^= 1;
+        if (CHUNK_BUFFERS > 1) load(item + gridDim.x, shared_address(s.rows[0]) + (turn ^ 1) * (3 * PART_BYTES));
         if (group == VALUE_PART)
-            store_faded(s, rows, to);
+            store_faded(s.total[turn], rows, to);
         else
-            multiply_keys(s, rows, group, to);
+            multiply_keys(s, turn, rows, group, to);
         if (group == KEY_PART) {
             group_barrier(1, 128);
             invert(s.solve, 1);
-            if (thread_index() == 0) a.fades[item] = quick_exp(s.total[CHUNK - 1]);
+            if (thread_index() == 0) a.fades[item] = quick_exp(s.total[turn][CHUNK - 1]);
         }
         worker_sync();  // R is there
-        if (group != QUERY_PART) multiply_inverse(s, rows, group, to);
+        prepare(item + gridDim.x, turn ^ 1);
+        if (group != QUERY_PART) multiply_inverse(s, turn, rows, group, to);
         worker_sync();  // rows and R are read
         if (CHUNK_BUFFERS == 1) load(item + gridDim.x, shared_address(s.rows[0]));
     }

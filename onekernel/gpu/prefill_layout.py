@@ -236,7 +236,8 @@ def _wgmma(
     flag, last, given = ("1", "", "") if adds else (f"%{count + len(words) + 1}", ", int add", ', "r"(add)')
     return f"""__device__ __forceinline__ void {name}(float (&acc)[{columns // 8}][4], {parameters},
                                              unsigned long long operand{last}) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, {flag}, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{number}.{number} "
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, {flag}, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{number}.{number} "
                  "{{{outputs}}}, {first}, %{count + len(words)}, p, {modes};}}"
                  : {operands}
                  : {inputs}, "l"(operand){given});

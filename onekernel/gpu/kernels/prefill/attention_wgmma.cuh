@@ -81,6 +81,21 @@ struct AttentionItem {
 };
 __device__ __forceinline__ int attention_items(const PrefillArguments& a) { return (a.tokens + TOKENS_AN_ITEM - 1) / TOKENS_AN_ITEM * KV_HEADS * a.attention_splits; }
 
+// 64 rows by a warp; behind row `last`, that one again.
+__device__ __forceinline__ void bring_tile(u32 to, const u16* from, int last) {
+    const int lane = thread_index() % 32;
+    if (last < WIDE_KEYS - 1) {
+#pragma unroll 1
+        for (int row = 0; row < WIDE_KEYS; ++row) copy_async16(to + block_place(row, lane), from + min(row, last) * HEAD_DIM);
+        return;
+    }
+    u32 at[8];  // of rows whose place is alike: one instruction a row is left
+#pragma unroll
+    for (int i = 0; i < 8; ++i) at[i] = to + block_place(i, lane);
+#pragma unroll
+    for (int row = 0; row < WIDE_KEYS; ++row) copy_async16(at[row % 8] + row / 8 * 1024, from + row * HEAD_DIM);
+}
+
 // The asker's part of an item. Each of its warps brings a quarter of the queries, and then keys or values of every other tile.
 __device__ __forceinline__ void bring_item(const PrefillArguments& a, int layer, int number, u32 shared, const Handshake& h, u32 tiles) {
     const AttentionItem item(a, number);
@@ -100,8 +115,7 @@ __device__ __forceinline__ void bring_item(const PrefillArguments& a, int layer,
         const u32 tile = tiles + i, to = shared + WIDE_TILES + (2 * (tile % 2) + values) * TILE_BYTES;
         const int first_key = (item.first_tile + i) * WIDE_KEYS;
         if (tile >= 2) barrier_wait(h.free(tile, values), tile / 2 - 1 & 1);
-#pragma unroll 4
-        for (int row = 0; row < WIDE_KEYS; ++row) copy_async16(to + block_place(row, lane), from + (long long)min(first_key + row, item.last_key) * HEAD_DIM);
+        bring_tile(to, from + (long long)first_key * HEAD_DIM, item.last_key - first_key);
         copy_commit();
         if (queries) {
             copy_wait<1>();

@@ -164,7 +164,6 @@ class PrefillLayout:
             for t in range(1, tokens + 1)
         )
         return {
-            "token_ids": 4 * tokens,
             "residual": 4 * tokens * s.hidden,
             "input": 2 * padded * s.hidden,
             "projected": 2 * tokens * max(s.conv_dim + s.value_dim, 2 * s.query_dim + 2 * s.kv_dim),

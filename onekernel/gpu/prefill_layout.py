@@ -57,7 +57,7 @@ class PrefillLayout:
         """
         room = shared_memory - SHARED_RESERVED
         wgmma = arch == "sm_90a"
-        tiles = (64,) if narrow else (176,) if wgmma else (176, 128, 64, 32)
+        tiles = (64,) if narrow else (192,) if wgmma else (176, 128, 64, 32)
         choices = ((tile, stages) for tile in tiles for stages in ((6 if narrow else 4, 3) if wgmma else (4, 3)))
         token_tile, gemm_stages = next((c for c in choices if _gemm_bytes(*c, wgmma, narrow) <= room), (0, 0))
         columns = next(n for n in (32, 64) if decode.shape.value_dim // n <= sm_count or n == 64)

@@ -95,6 +95,11 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
 #pragma unroll
         for (int i = 0; i < 3; ++i) x[i] = make_float4(w[1 + i], w[5 + i], w[9 + i], w[13 + i]);
     }
+    if (rows_left <= 0) {  // padding is zero: it leaves the state alone
+#pragma unroll 2
+        for (int row = 0; row < 16; ++row) store_shared2(rows + part * PART_BYTES + (first_row + row) * HEAD_ROW + 8 * lane, 0, 0);
+        return;
+    }
 #pragma unroll 1
     for (int first = 0; first < 16; first += ROWS) {
         u32 at = rows + part * PART_BYTES + (first_row + first) * HEAD_ROW + lane % 2 * 8, chunk = (lane / 2 ^ first % 8);
@@ -116,7 +121,7 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
             float scale = __shfl_sync(0xFFFFFFFFu, norm, 32 / ROWS * row);
-            bool valid = first + row < rows_left;  // padding is zero: it leaves the state alone
+            bool valid = first + row < rows_left;
             u32 low = valid ? pack_half2(y[row].x * scale, y[row].y * scale) : 0, high = valid ? pack_half2(y[row].z * scale, y[row].w * scale) : 0;
             store_shared2(at + swizzled<HEAD_ROW>(row, chunk), low, high);
         }
@@ -125,7 +130,8 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
 
 // solve = (I + solve)^-1 for a strictly lower triangular matrix, in float32: diagonal blocks of 16 by substitution, then
 // pairs of blocks of 16 and of 32: [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. By the group's 128 threads.
-__device__ __forceinline__ void invert(float* solve, int barrier) {
+// Where only the first block holds tokens, all others are the identity already.
+__device__ __forceinline__ void invert(float* solve, int used, int barrier) {
     int t = thread_index() % 128;
     if (t < 64) {
         float* block = solve + (t / 16 * 16) * (SOLVE_STRIDE + 1);
@@ -149,6 +155,7 @@ __device__ __forceinline__ void invert(float* solve, int barrier) {
         for (int i = 0; i < 16; ++i) block[i * SOLVE_STRIDE + column] = x[i];
     }
     group_barrier(barrier, 128);
+    if (used == 1) return;
     {
         // Two pairs of blocks of 16, 64 threads each; the product waits in the block above the diagonal.
         float* corner = solve + (t / 64 * 32) * (SOLVE_STRIDE + 1);
@@ -213,12 +220,12 @@ __device__ __forceinline__ void store_pair(u8* matrix, int row, int n, uint4 v, 
 }
 
 // A group's share of the products with R: U = R diag(beta) v for the values, -W = -R diag(beta exp(total)) k for the keys.
-__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, int turn, u32 rows, int part, u8* item) {
+__device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, int turn, u32 rows, int part, int used, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32, row = 16 * warp + lane / 4;
     const bool keys = part == KEY_PART;
     float acc[16][4] = {};
 #pragma unroll 1
-    for (int k = 0; k <= warp; ++k) {
+    for (int k = 0; k <= warp && warp < used; ++k) {
         u32 r[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -262,11 +269,11 @@ __device__ __forceinline__ void store_faded(const float* total, u32 rows, u8* it
 }
 
 // k k^T by one group, for A, and q k^T by another, for the scores; above the diagonal there is nothing to do.
-__device__ __forceinline__ void multiply_keys(ChunkScratch& s, int turn, u32 rows, int part, u8* item) {
+__device__ __forceinline__ void multiply_keys(ChunkScratch& s, int turn, u32 rows, int part, int used, u8* item) {
     int warp = thread_index() / 32 % 4, lane = thread_index() % 32;
     float acc[8][4] = {};
 #pragma unroll 2
-    for (int k = 0; k < KEY_HEAD_DIM / 16; ++k) {
+    for (int k = 0; k < KEY_HEAD_DIM / 16 && warp < used; ++k) {
         u32 own[4];
         load_matrix(own, rows + part * PART_BYTES + swizzled<HEAD_ROW>(16 * warp + lane % 16, 2 * k + lane / 16));
 #pragma unroll
@@ -327,6 +334,7 @@ __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const Li
 #pragma unroll 1
     for (int item = block_index(); item < items; item += gridDim.x, turn ^= 1) {
         const u32 rows = shared_address(s.rows[0]) + turn % CHUNK_BUFFERS * (3 * PART_BYTES);
+        const int used = (min(a.tokens - item / VALUE_HEADS * CHUNK, CHUNK) + 15) / 16;  // sixteenths of the chunk that hold tokens
         u8* to = a.items + (long long)item * ITEM_BYTES;
         copy_wait<0>();
         __syncwarp();
@@ -336,15 +344,15 @@ __device__ __forceinline__ void delta_chunks(const PrefillArguments& a, const Li
         if (group == VALUE_PART)
             store_faded(s.total[turn], rows, to);
         else
-            multiply_keys(s, turn, rows, group, to);
+            multiply_keys(s, turn, rows, group, used, to);
         if (group == KEY_PART) {
             group_barrier(1, 128);
-            invert(s.solve, 1);
+            invert(s.solve, used, 1);
             if (thread_index() == 0) a.fades[item] = quick_exp(s.total[turn][CHUNK - 1]);
         }
         worker_sync();  // R is there
         prepare(item + gridDim.x, turn ^ 1);
-        if (group != QUERY_PART) multiply_inverse(s, turn, rows, group, to);
+        if (group != QUERY_PART) multiply_inverse(s, turn, rows, group, used, to);
         worker_sync();  // rows and R are read
         if (CHUNK_BUFFERS == 1) load(item + gridDim.x, shared_address(s.rows[0]));
     }

@@ -15,11 +15,14 @@
 #include "primitive/bulk.cuh"
 #include "primitive/wgmma.cuh"
 
-constexpr int CARRY_STAGES = 4;  // chunks whose W and k are in shared memory
-constexpr int CARRY_STAGE = ITEM_QUERY;
+constexpr int CARRY_STAGES = 4;  // chunks whose W, k and U are in shared memory
+constexpr int CARRY_DELTA = ITEM_QUERY;  // bytes of W and k in an item; U's columns come behind them
+constexpr int CARRY_STAGE = CARRY_DELTA + SCAN_COLUMNS * 128;
+constexpr int MOST_CHUNKS = 64;
 constexpr int STATE_IMAGE = CARRY_STAGES * CARRY_STAGE;                   // [2][SCAN_COLUMNS][64 dims], fp16
 constexpr int DELTA_IMAGE = STATE_IMAGE + 2 * SCAN_COLUMNS * 128;         // [SCAN_COLUMNS][64 tokens], fp16
-constexpr int CARRY_BYTES = DELTA_IMAGE + SCAN_COLUMNS * 128;
+constexpr int CARRY_FADES = DELTA_IMAGE + SCAN_COLUMNS * 128;             // [MOST_CHUNKS]
+constexpr int CARRY_BYTES = CARRY_FADES + MOST_CHUNKS * 4;
 constexpr int OUTPUT_SLOT = ITEM_BYTES - ITEM_QUERY;                      // of a group: queries, scores, delta, state
 constexpr int OUTPUT_BYTES = 3 * OUTPUT_SLOT;
 constexpr int DELTA_WGMMA_BYTES = WGMMA ? (CARRY_BYTES > OUTPUT_BYTES ? CARRY_BYTES : OUTPUT_BYTES) : 0;
@@ -84,9 +87,10 @@ __device__ __forceinline__ void carry(const PrefillArguments& a, const LinearLay
     const int group = thread_index() / 128, lane = thread_index() % 32, chunks = (a.tokens + CHUNK - 1) / CHUNK;
     const int dim = 64 * group + thread_index() / 32 % 4 * 16 + lane / 4;
     float* column = layer.recurrent_state + ((long long)head * VALUE_HEAD_DIM + part * SCAN_COLUMNS + 2 * (lane % 4)) * KEY_HEAD_DIM + dim;
-    const float* fades = a.fades + head;
     u8* item = a.items + (long long)head * ITEM_BYTES + ITEM_STATE + group * (VALUE_HEAD_DIM * 128) + part * (SCAN_COLUMNS * 128);
     const u32 image = shared + STATE_IMAGE + group * (SCAN_COLUMNS * 128);
+    // No load from device memory is on its way in the loop: the fences would wait for it.
+    if (thread_index() < chunks) store_shared(shared + CARRY_FADES + 4 * thread_index(), __float_as_uint(a.fades[thread_index() * VALUE_HEADS + head]));
     CarryFragments state;
 #pragma unroll
     for (int n = 0; n < CARRY_FRAGMENTS; ++n)
@@ -94,11 +98,11 @@ __device__ __forceinline__ void carry(const PrefillArguments& a, const LinearLay
         for (int i = 0; i < 4; ++i) state[n][i] = column[(8 * n + i % 2) * KEY_HEAD_DIM + i / 2 * 8];
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk, ++carried, item += (long long)VALUE_HEADS * ITEM_BYTES) {
-        float fade = fades[chunk * VALUE_HEADS];
         store_image(image, state);
         fence_async_shared();
         worker_sync();  // the state is there
         copy_image(item, image);
+        float fade = __uint_as_float(load_shared(shared + CARRY_FADES + 4 * chunk));
 #pragma unroll
         for (int n = 0; n < CARRY_FRAGMENTS; ++n) state[n][0] *= fade, state[n][1] *= fade, state[n][2] *= fade, state[n][3] *= fade;
         worker_sync();  // delta is there
@@ -124,27 +128,21 @@ __device__ __forceinline__ void carry(const PrefillArguments& a, const LinearLay
 __device__ __forceinline__ void correct(const PrefillArguments& a, int head, int part, u32 shared, const Passage& passage, u32 carried) {
     const int chunks = (a.tokens + CHUNK - 1) / CHUNK;
     u8* item = a.items + (long long)head * ITEM_BYTES + ITEM_DELTA + part * (SCAN_COLUMNS * 128);
-    constexpr long long NEXT = (long long)VALUE_HEADS * ITEM_BYTES;
-    uint4 own[CARRY_FRAGMENTS / 2];  // U, fetched a chunk ahead
-    auto fetch = [&](const u8* from) {
-#pragma unroll
-        for (int n = 0; n < CARRY_FRAGMENTS / 2; ++n) own[n] = ((const uint4*)from)[thread_index() % 128 + 128 * n];
-    };
-    fetch(item);
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk, ++carried, item += NEXT) {
+    for (int chunk = 0; chunk < chunks; ++chunk, ++carried, item += (long long)VALUE_HEADS * ITEM_BYTES) {
+        barrier_wait(passage.full(carried), carried / CARRY_STAGES & 1);
+        const u32 own = shared + carried % CARRY_STAGES * CARRY_STAGE + thread_index() % 128 * 16;
         CarryFragments delta;
 #pragma unroll
-        for (int n = 0; n < CARRY_FRAGMENTS; ++n) {
-            float2 first = unpack_half2(n % 2 ? own[n / 2].z : own[n / 2].x), second = unpack_half2(n % 2 ? own[n / 2].w : own[n / 2].y);
+        for (int n = 0; n < CARRY_FRAGMENTS; n += 2) {
+            uint4 v = load_shared4(own + CARRY_DELTA + 1024 * n);
+            float2 first = unpack_half2(v.x), second = unpack_half2(v.y), third = unpack_half2(v.z), fourth = unpack_half2(v.w);
             delta[n][0] = first.x, delta[n][1] = first.y, delta[n][2] = second.x, delta[n][3] = second.y;
+            delta[n + 1][0] = third.x, delta[n + 1][1] = third.y, delta[n + 1][2] = fourth.x, delta[n + 1][3] = fourth.y;
         }
-        if (chunk + 1 < chunks) fetch(item + NEXT);
-        barrier_wait(passage.full(carried), carried / CARRY_STAGES & 1);
         uint4 weight[KEY_HEAD_DIM / 16];
 #pragma unroll
-        for (int k = 0; k < KEY_HEAD_DIM / 16; ++k)
-            weight[k] = load_shared4(shared + carried % CARRY_STAGES * CARRY_STAGE + ITEM_WEIGHT + (thread_index() % 128 + 128 * k) * 16);
+        for (int k = 0; k < KEY_HEAD_DIM / 16; ++k) weight[k] = load_shared4(own + ITEM_WEIGHT + 2048 * k);
         worker_sync();  // the state is there
         hold_carry(delta);
         wgmma_fence();
@@ -187,8 +185,10 @@ __device__ __forceinline__ void bring_chunks(const PrefillArguments& a, u32 shar
 #pragma unroll 1
             for (int chunk = 0; chunk < (a.tokens + CHUNK - 1) / CHUNK; ++chunk, ++carried, from += (long long)VALUE_HEADS * ITEM_BYTES) {
                 barrier_wait(passage.free(carried), carried / CARRY_STAGES & 1 ^ 1);
+                u32 stage = shared + carried % CARRY_STAGES * CARRY_STAGE;
                 barrier_expect(passage.full(carried), CARRY_STAGE);
-                bulk_load(shared + carried % CARRY_STAGES * CARRY_STAGE, from, CARRY_STAGE, passage.full(carried));
+                bulk_load(stage, from, CARRY_DELTA, passage.full(carried));
+                bulk_load(stage + CARRY_DELTA, from + ITEM_DELTA + item % CARRY_PARTS * (SCAN_COLUMNS * 128), SCAN_COLUMNS * 128, passage.full(carried));
             }
         __syncwarp();
     }

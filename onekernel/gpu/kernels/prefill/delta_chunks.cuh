@@ -17,7 +17,7 @@ enum Part { KEY_PART, VALUE_PART, QUERY_PART };
 
 struct ChunkScratch {
     u8 rows[CHUNK_BUFFERS][3][PART_BYTES];  // k, v, q: of this item, and of the next
-    float solve[CHUNK * SOLVE_STRIDE];      // A, then R in its place; what is above the diagonal blocks is scratch
+    float solve[CHUNK * SOLVE_STRIDE];      // A, and R (see invert)
     float total[2][CHUNK];                  // of this item, and of the next
     float beta[2][CHUNK];
 };
@@ -128,9 +128,10 @@ __device__ __forceinline__ void convolve(const PrefillArguments& a, const Linear
     }
 }
 
-// solve = (I + solve)^-1 for a strictly lower triangular matrix, in float32: diagonal blocks of 16 by substitution, then
-// pairs of blocks of 16 and of 32: [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. By the group's 128 threads.
-// Where only the first block holds tokens, all others are the identity already.
+// R = (I + A)^-1 for a strictly lower triangular A, by blocks of 16 and by a group. R's diagonal blocks take the place of A's;
+// the others, of columns j below the diagonal, stand above it, in block (j, i) for (i, j): R_ij = -R_ii sum of A_ik R_kj.
+// The diagonal is found in float32; the rest, whose factors multiply_inverse rounds to fp16 anyway, on the tensor cores.
+// Where only the first block holds tokens (`used`), all others are the identity already.
 __device__ __forceinline__ void invert(float* solve, int used, int barrier) {
     int t = thread_index() % 128;
     if (t < 64) {
@@ -155,57 +156,54 @@ __device__ __forceinline__ void invert(float* solve, int used, int barrier) {
         for (int i = 0; i < 16; ++i) block[i * SOLVE_STRIDE + column] = x[i];
     }
     group_barrier(barrier, 128);
-    if (used == 1) return;
-    {
-        // Two pairs of blocks of 16, 64 threads each; the product waits in the block above the diagonal.
-        float* corner = solve + (t / 64 * 32) * (SOLVE_STRIDE + 1);
-        int i = t % 64 / 4, j = t % 4 * 4;
-        float sum[4] = {0, 0, 0, 0};
-#pragma unroll 4
-        for (int k = 0; k < 16; ++k) {
-            float b = corner[(16 + i) * SOLVE_STRIDE + k];
-            float4 p = *(float4*)(corner + k * SOLVE_STRIDE + j);
-            sum[0] += b * p.x, sum[1] += b * p.y, sum[2] += b * p.z, sum[3] += b * p.w;
-        }
-        *(float4*)(corner + i * SOLVE_STRIDE + 16 + j) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        group_barrier(barrier, 128);
-        sum[0] = sum[1] = sum[2] = sum[3] = 0;
-#pragma unroll 4
-        for (int k = 0; k < 16; ++k) {
-            float q = corner[(16 + i) * SOLVE_STRIDE + 16 + k];
-            float4 p = *(float4*)(corner + k * SOLVE_STRIDE + 16 + j);
-            sum[0] -= q * p.x, sum[1] -= q * p.y, sum[2] -= q * p.z, sum[3] -= q * p.w;
-        }
-        *(float4*)(corner + (16 + i) * SOLVE_STRIDE + j) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-    }
-    group_barrier(barrier, 128);
-    {
-        // One pair of blocks of 32. Above the diagonals of P^-1 and Q^-1 stands scratch: those k are left out.
-        int i = t / 4, j = t % 4 * 8;
-        float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll 4
-        for (int k = j / 16 * 16; k < 32; ++k) {
-            float b = solve[(32 + i) * SOLVE_STRIDE + k];
-            float4 p = *(float4*)(solve + k * SOLVE_STRIDE + j), q = *(float4*)(solve + k * SOLVE_STRIDE + j + 4);
-            sum[0] += b * p.x, sum[1] += b * p.y, sum[2] += b * p.z, sum[3] += b * p.w;
-            sum[4] += b * q.x, sum[5] += b * q.y, sum[6] += b * q.z, sum[7] += b * q.w;
-        }
-        *(float4*)(solve + i * SOLVE_STRIDE + 32 + j) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        *(float4*)(solve + i * SOLVE_STRIDE + 36 + j) = make_float4(sum[4], sum[5], sum[6], sum[7]);
-        group_barrier(barrier, 128);
+    const int j = t / 32, lane = t % 32;  // a warp has column j of the blocks
+    // A block as rows of fp16, for the left of a product.
+    auto left = [&](u32 (&a)[4], int row, int column) {
+        const float* at = solve + (16 * row + lane / 4) * SOLVE_STRIDE + 16 * column + 2 * (lane % 4);
 #pragma unroll
-        for (int n = 0; n < 8; ++n) sum[n] = 0;
-#pragma unroll 4
-        for (int k = 0; k < (i < 16 ? 16 : 32); ++k) {
-            float b = solve[(32 + i) * SOLVE_STRIDE + 32 + k];
-            float4 p = *(float4*)(solve + k * SOLVE_STRIDE + 32 + j), q = *(float4*)(solve + k * SOLVE_STRIDE + 36 + j);
-            sum[0] -= b * p.x, sum[1] -= b * p.y, sum[2] -= b * p.z, sum[3] -= b * p.w;
-            sum[4] -= b * q.x, sum[5] -= b * q.y, sum[6] -= b * q.z, sum[7] -= b * q.w;
+        for (int i = 0; i < 4; ++i) {
+            float2 v = *(const float2*)(at + i % 2 * 8 * SOLVE_STRIDE + i / 2 * 8);
+            a[i] = pack_half2(v.x, v.y);
         }
-        *(float4*)(solve + (32 + i) * SOLVE_STRIDE + j) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        *(float4*)(solve + (32 + i) * SOLVE_STRIDE + j + 4) = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    };
+    // Accumulators, for the right of one.
+    auto right = [&](u32 (&b)[4], const float (&acc)[2][4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[i] = transpose8(pack_half2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]));
+    };
+    u32 known[3][4];  // R_kj for k = j, j + 1, j + 2
+    float acc[2][4];
+    {
+        const float* at = solve + (16 * j + lane / 4) * SOLVE_STRIDE + 16 * j + 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = at[i % 4 / 2 * 8 * SOLVE_STRIDE + i / 4 * 8 + i % 2];
+        right(known[0], acc);
     }
-    group_barrier(barrier, 128);
+#pragma unroll
+    for (int n = 1; n < 4; ++n) {  // block row i = j + n
+        if (j + n >= used) break;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0;
+        u32 a[4], b[4];
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+            left(a, j + n, j + k);
+            multiply_half(acc[0], a, known[k][0], known[k][1]);
+            multiply_half(acc[1], a, known[k][2], known[k][3]);
+        }
+        right(b, acc);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0;
+        left(a, j + n, j + n);
+        multiply_half(acc[0], a, b[0], b[1]);
+        multiply_half(acc[1], a, b[2], b[3]);
+        float* at = solve + (16 * j + lane / 4) * SOLVE_STRIDE + 16 * (j + n) + 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = -acc[i / 4][i % 4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) *(float2*)(at + i % 2 * 8 * SOLVE_STRIDE + i / 2 * 8) = make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+        if (n < 3) right(known[n], acc);
+    }
 }
 
 // Two fragments n and n + 1 of a matrix of 64 rows. On sm_90a they are registers of wgmma, and stay as they are.
@@ -230,7 +228,8 @@ __device__ __forceinline__ void multiply_inverse(const ChunkScratch& s, int turn
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int column = 16 * k + i / 2 * 8 + 2 * (lane % 4);
-            float2 v = *(const float2*)(s.solve + (row + i % 2 * 8) * SOLVE_STRIDE + column), beta = *(const float2*)(s.beta[turn] + column);
+            float2 v = *(const float2*)(s.solve + (16 * k + lane / 4 + i % 2 * 8) * SOLVE_STRIDE + 16 * warp + i / 2 * 8 + 2 * (lane % 4));  // see invert
+            float2 beta = *(const float2*)(s.beta[turn] + column);
             if (keys) {
                 float2 total = *(const float2*)(s.total[turn] + column);
                 beta.x *= -quick_exp(total.x), beta.y *= -quick_exp(total.y);

@@ -54,6 +54,7 @@ SMALL = Shape(
 )
 CASES = {
     "sm_90a": ("sm_90a", 232448, False, 4, (70, 30)),
+    "sm_90a, many blocks": ("sm_90a", 232448, False, 16, (200, 50)),
     "sm_90a, few tokens behind many": ("sm_90a", 232448, True, 8, (200, 5)),
     "portable, little shared memory": ("sm_80", 101376, False, 4, (70, 1)),
 }

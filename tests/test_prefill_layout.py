@@ -122,8 +122,8 @@ def test_the_generated_declarations_agree_with_the_struct_and_the_tile() -> None
     assert [line.split()[-1].strip(";") for line in source.splitlines()[1:-1]] == [
         name for name, _ in PrefillArguments._fields_
     ]
-    assert wgmma_source(192).count("acc[") == 96 + 32 + 64
-    assert "m64n192k16" in wgmma_source(192)
+    assert wgmma_source(192, 32).count("acc[") == 96 + 32 + 64 + 16 + 16 + 2 * 64
+    assert "m64n192k16" in wgmma_source(192, 32)
 
 
 def test_memory_for_a_long_prompt_is_bounded_by_the_chunk() -> None:

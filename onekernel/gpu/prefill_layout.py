@@ -18,11 +18,14 @@ MOST_CHUNK_TOKENS = 2048  # tokens of one launch: bounds the scratch memory
 MOST_SPLITS = 8
 SPLIT_ROWS = 6400  # tokens times parts of the keys: bounds the scratch memory of attention
 NARROW_TOKENS = 128  # up to so many, tiles of fewer rows and tokens make work for all blocks
+BARRIER_BYTES = 16 + 13 * 8 + 8 + 14 * 8 + 16  # beside those of the tokens: BARRIER_BYTES in prefill.cu
 SHARED_RESERVED = 1024  # bytes of a block's shared memory lost to alignment
 HEAD_ROW = 256  # bytes of one token's row of one delta-net head
-CHUNK_SCRATCH = 2 * CHUNK * HEAD_ROW + CHUNK * (CHUNK + 4) * 4 + 2 * CHUNK * 4  # ChunkScratch in delta_chunks.cuh
+CHUNK_ROWS = 3 * CHUNK * HEAD_ROW
+CHUNK_SCRATCH = CHUNK * (CHUNK + 4) * 4 + 4 * CHUNK * 4  # of ChunkScratch in delta_chunks.cuh, beside the rows
 SCAN_STAGE = 3 * CHUNK * HEAD_ROW + CHUNK * CHUNK * 2
 ITEM_BYTES = 4 * CHUNK * HEAD_ROW + CHUNK * CHUNK * 2
+ITEM_STATE = 128 * HEAD_ROW  # on sm_90a, beside that
 QUERY_BYTES = 64 * 512
 KEY_STAGE = 2 * 32 * 512
 
@@ -36,11 +39,12 @@ class PrefillLayout:
     token_tile: int
     narrow: bool  # for few tokens: see gemm.cuh
     gemm_stages: int  # steps whose tokens have a place in shared memory
-    chunk_groups: int
+    chunk_buffers: int  # items of delta_chunks whose rows have a place in shared memory
     scan_columns: int
     scan_stages: int
     attention_groups: int
     attention_stages: int
+    item_bytes: int  # that delta_chunks leaves of a chunk and a value head
 
     @classmethod
     def plan(
@@ -62,7 +66,7 @@ class PrefillLayout:
             ((g, s) for g, s in ((3, 2), (2, 2), (1, 2)) if QUERY_BYTES + g * (s * KEY_STAGE + 512) <= room),
             (0, 0),
         )
-        if not token_tile or scan_stages < 1 or not groups or room < CHUNK_SCRATCH:
+        if not token_tile or scan_stages < 1 or not groups or room < CHUNK_ROWS + CHUNK_SCRATCH:
             return None
         return cls(
             decode,
@@ -70,11 +74,12 @@ class PrefillLayout:
             token_tile=token_tile,
             narrow=narrow,
             gemm_stages=gemm_stages,
-            chunk_groups=min(4 if wgmma else 3, room // CHUNK_SCRATCH),
+            chunk_buffers=min(2, (room - CHUNK_SCRATCH) // CHUNK_ROWS),
             scan_columns=columns,
             scan_stages=scan_stages,
             attention_groups=groups,
             attention_stages=stages,
+            item_bytes=ITEM_BYTES + ITEM_STATE * wgmma,
         )
 
     @classmethod
@@ -101,7 +106,7 @@ class PrefillLayout:
             "TOKEN_TILE": self.token_tile,
             "NARROW_TILES": self.narrow,
             "GEMM_STAGES": self.gemm_stages,
-            "CHUNK_GROUPS": self.chunk_groups,
+            "CHUNK_BUFFERS": self.chunk_buffers,
             "SCAN_COLUMNS": self.scan_columns,
             "SCAN_STAGES": self.scan_stages,
             "ATTENTION_GROUPS": self.attention_groups,
@@ -110,7 +115,7 @@ class PrefillLayout:
 
     def declarations(self) -> str:
         """C++ that is generated: the argument struct, and the wgmma instruction for this tile of tokens."""
-        return f"{enums()}\n{PrefillArguments.source()}\n{wgmma_source(self.token_tile)}"
+        return f"{enums()}\n{PrefillArguments.source()}\n{wgmma_source(self.token_tile, self.scan_columns)}"
 
     def splits(self, tokens: int, columns: int) -> int:
         """In how many parts the columns of a projection back to the hidden size are dealt, so that all blocks work."""
@@ -159,12 +164,11 @@ class PrefillLayout:
             for t in range(1, tokens + 1)
         )
         return {
-            "token_ids": 4 * tokens,
             "residual": 4 * tokens * s.hidden,
             "input": 2 * padded * s.hidden,
             "projected": 2 * tokens * max(s.conv_dim + s.value_dim, 2 * s.query_dim + 2 * s.kv_dim),
             "gates": 4 * tokens * -(-2 * s.value_heads // 16) * 16,
-            "items": chunks * s.value_heads * ITEM_BYTES,
+            "items": chunks * s.value_heads * self.item_bytes,
             "fades": 4 * chunks * s.value_heads,
             "output": 2 * tokens * s.value_dim,
             "mixed": 2 * padded * max(s.value_dim, s.query_dim),
@@ -184,35 +188,58 @@ def matrix_offsets(shape: Shape, blocks: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def wgmma_source(tokens: int) -> str:
-    """The wgmma instructions: weights times `tokens` tokens, queries times 64 keys, 64 keys' weights times 128 dims."""
+def wgmma_source(tokens: int, columns: int) -> str:
+    """The wgmma instructions that the kernel uses.
+
+    Weights times `tokens` tokens; queries times 64 keys and their weights times 128 dims; for `columns` columns of the
+    delta rule's state, what a chunk takes from them and adds to them; its output of 128 columns.
+    """
     return f"""
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 {_wgmma("wgmma_tokens", tokens, from_registers=True, transposed=False)}
-{_wgmma("wgmma_scores", 64, from_registers=False, transposed=False)}
-{_wgmma("wgmma_values", 128, from_registers=True, transposed=True)}
+{_wgmma("wgmma_scores", 64, from_registers=False, transposed=False, adds=False)}
+{_wgmma("wgmma_values", 128, from_registers=False, transposed=True)}
+{_wgmma("wgmma_delta", columns, from_registers=True, transposed=False, half=True)}
+{_wgmma("wgmma_update", columns, from_registers=False, transposed=False, half=True, across=True)}
+{_wgmma("wgmma_output", 128, from_registers=False, transposed=False, half=True)}
+{_wgmma("wgmma_scored", 128, from_registers=True, transposed=False, half=True)}
 #endif
 """
 
 
-def _wgmma(name: str, columns: int, from_registers: bool, transposed: bool) -> str:
-    """A function around the instruction for 64 rows, 16 deep, of bf16: acc += a b, with b in shared memory."""
+def _wgmma(
+    name: str,
+    columns: int,
+    from_registers: bool,
+    transposed: bool,
+    adds: bool = True,
+    half: bool = False,
+    across: bool = False,
+) -> str:
+    """A function around the instruction for 64 rows, 16 deep, of bf16 or fp16: acc += a b, with b in shared memory.
+
+    adds: always; otherwise where the last parameter says so, and acc = a b where not.
+    across: the rows of a are columns in shared memory.
+    """
     count = columns // 2  # accumulators of a thread
     words = ("a", "b", "c", "d") if from_registers else ("a",)
     outputs = ", ".join(f"%{i}" for i in range(count))
     first = ", ".join(f"%{count + i}" for i in range(len(words)))
     first = f"{{{first}}}" if from_registers else first
-    modes = ", ".join(["1", "1"] + ["0"] * (not from_registers) + [str(int(transposed))])
+    modes = ", ".join(["1", "1"] + [str(int(across))] * (not from_registers) + [str(int(transposed))])
+    number = "f16" if half else "bf16"
     operands = ", ".join(f'"+f"(acc[{i // 4}][{i % 4}])' for i in range(count))
     kind, constraint = ("unsigned", "r") if from_registers else ("unsigned long long", "l")
     parameters = ", ".join(f"{kind} {word}" for word in words)
     inputs = ", ".join(f'"{constraint}"({word})' for word in words)
+    flag, last, given = ("1", "", "") if adds else (f"%{count + len(words) + 1}", ", int add", ', "r"(add)')
     return f"""__device__ __forceinline__ void {name}(float (&acc)[{columns // 8}][4], {parameters},
-                                             unsigned long long operand) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
+                                             unsigned long long operand{last}) {{
+    asm volatile("{{.reg .pred p; setp.ne.b32 p, {flag}, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{number}.{number} "
                  "{{{outputs}}}, {first}, %{count + len(words)}, p, {modes};}}"
                  : {operands}
-                 : {inputs}, "l"(operand));
+                 : {inputs}, "l"(operand){given});
 }}"""
 
 
@@ -227,7 +254,7 @@ def _gemm_bytes(token_tile: int, stages: int, wgmma: bool, narrow: bool) -> int:
         + sums
         + 8 * 512
         + 128
-        + 16
+        + BARRIER_BYTES
     )
 
 

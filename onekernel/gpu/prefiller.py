@@ -91,6 +91,7 @@ class Prefiller:
         self.matrix_offsets = DeviceBuffer.of(matrix_offsets(self.shape, layout.decode.blocks))
         self.barrier = DeviceBuffer(4)
         self.times = DeviceBuffer(8 * (layout.phases + 1))
+        self.token_ids = DeviceBuffer(4 * MOST_CHUNK_TOKENS)
         self.scratch: dict[str, DeviceBuffer] = {}
         self.scratch_tokens = 0
 
@@ -102,11 +103,12 @@ class Prefiller:
             BackendError: the kernel failed.
         """
         self._prepare(state, len(tokens))
-        for start in range(0, len(tokens), MOST_CHUNK_TOKENS):
+        ids = self._upload(tokens)
+        for start in range(0, len(tokens), MOST_CHUNK_TOKENS):  # one behind the other, without a word from the host
             part = tokens[start : start + MOST_CHUNK_TOKENS]
-            self.launch(state, part, 0, self.layout.phases)
-            self.wait()
-            state.position += len(part)
+            self.launch(state, part, 0, self.layout.phases, ids=ids + 4 * start, ahead=start)
+        self.wait()
+        state.position += len(tokens)
 
     def logits(self, state: State, tokens: Sequence[int]) -> Iterator[np.ndarray]:
         """Consume `tokens`; float32 [up to token_tile, vocab] logits after each, slice after slice.
@@ -158,6 +160,17 @@ class Prefiller:
             self.scratch = {name: DeviceBuffer(nbytes) for name, nbytes in self._scratch_bytes(chunk).items()}
             self.scratch_tokens = chunk
 
+    def _upload(self, tokens: Sequence[int]) -> int:
+        """The address of `tokens` on the GPU, until the next upload."""
+        from cuda.bindings import driver
+
+        given = np.asarray(tokens, np.int32)
+        if given.nbytes > self.token_ids.nbytes:
+            self.token_ids.free()
+            self.token_ids = DeviceBuffer(given.nbytes)
+        check(driver.cuMemcpyHtoDAsync(self.token_ids.address, given.ctypes.data, given.nbytes, self.decoder.stream))
+        return self.token_ids.address
+
     def _require(self, tokens: int, needed: int) -> None:
         """Raises NotEnoughMemory if so many bytes are not free."""
         if needed <= self.decoder.gpu.memory_free():
@@ -179,8 +192,16 @@ class Prefiller:
         logits: DeviceBuffer | None = None,
         logits_first: int = 0,
         logits_count: int = 0,
+        ids: int = 0,
+        ahead: int = 0,
     ) -> None:
-        """Start one launch over phases [first_phase, end_phase) of one chunk; the state's position stays."""
+        """Start one launch over phases [first_phase, end_phase) of one chunk; the state's position stays.
+
+        Args:
+            timed: for `times`, the end of each phase.
+            ids: where `tokens` are on the GPU, if they are.
+            ahead: tokens behind the state's position that launches before this one consume.
+        """
         from cuda.bindings import driver
 
         decoder, count, kernel = self.decoder, len(tokens), self._kernel(len(tokens))
@@ -198,18 +219,18 @@ class Prefiller:
             report=decoder.mapped.address + 8 * REPORT,
             spin_limit=decoder.spin_limit,
             tokens=count,
-            position=state.position,
+            position=state.position + ahead,
             max_context=state.capacity,
             first_phase=first_phase,
             end_phase=end_phase,
-            **kernel.layout.plan_launch(count, state.position),
+            **kernel.layout.plan_launch(count, state.position + ahead),
             logits_first=logits_first,
             logits_count=logits_count,
         )
-        given = np.asarray(tokens, np.int32)
         stream = decoder.stream
-        decoder.mapped.words[REPORT] = 0
-        check(driver.cuMemcpyHtoDAsync(self.scratch["token_ids"].address, given.ctypes.data, given.nbytes, stream))
+        if not ahead:
+            decoder.mapped.words[REPORT] = 0
+        arguments.token_ids = ids or self._upload(tokens)
         check(driver.cuMemsetD8Async(self.barrier.address, 0, 4, stream))
         decoder.clock.begin()
         kernel.launch(arguments, stream)
@@ -242,7 +263,7 @@ class Prefiller:
 
     def close(self) -> None:
         """Free the GPU's memory; the decoder stays."""
-        for buffer in (self.matrix_offsets, self.barrier, self.times, *self.scratch.values()):
+        for buffer in (self.matrix_offsets, self.barrier, self.times, self.token_ids, *self.scratch.values()):
             buffer.free()
         self.scratch, self.scratch_tokens = {}, 0
         for kernel in (self._wide, self._narrow):

@@ -154,6 +154,8 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
+inline float rsqrt_fast(float x) { return 1 / sqrtf(x); }
 inline u32 to_bf16(float f) { u32 v = __float_as_uint(f); if (f != f) return 0x7FFF; return (v + 0x7FFF + (v >> 16 & 1)) >> 16; }
 inline u32 pack2(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 inline float low_half(u32 v) { return __uint_as_float(v << 16); }
@@ -302,6 +304,7 @@ inline void wgmma_commit() {}
 template <int PENDING> inline void wgmma_wait() {}
 inline void hold4(float (&)[4]) {}
 inline void fence_async() {}
+inline void fence_async_shared() {}
 template <int F> inline void wgmma_tokens(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 tokens) {
     u32 words[4] = {a, b, c, d}, base = (u32)tokens << 4;
     wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
@@ -311,20 +314,50 @@ inline int block_index() { return blockIdx.x; }
 inline int hidden(int v) { return v; }
 inline void __threadfence_block() {}
 
-inline u64 wgmma_transposed(u32 shared, u32 block_bytes) { return shared >> 4 | (u64)block_bytes << 32; }
-template <int F> inline void wgmma_values(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 values) {
-    u32 words[4] = {a, b, c, d}, base = (u32)values << 4, block = values >> 32;
-    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n / 64 * block + k * 128 + n % 64 * 2); }, bf16_value);
-}
-template <int F> inline void wgmma_scores(float (&acc)[F][4], u64 a, u64 b) {
+inline void wgmma_rows(u32 (&words)[4], u64 a) {  // this lane's words of an operand in shared memory
     int l = threadIdx.x % 32, w = threadIdx.x / 32 % 4;
-    u32 rows = (u32)a << 4, base = (u32)b << 4, words[4];
+    u32 rows = (u32)a << 4;
     for (int i = 0; i < 4; ++i) {
         int row = 16 * w + l / 4 + i % 2 * 8, column = 2 * (l % 4) + i / 2 * 8;
         words[i] = swizzled_value(rows + row * 128 + 2 * column) | (u32)swizzled_value(rows + row * 128 + 2 * column + 2) << 16;
     }
-    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
 }
+inline u64 wgmma_transposed(u32 shared, u32 block_bytes) { return shared >> 4 | (u64)block_bytes << 32; }
+template <int F> inline void wgmma_values(float (&acc)[F][4], u64 a, u64 values) {
+    u32 base = (u32)values << 4, block = values >> 32, words[4];
+    wgmma_rows(words, a);
+    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n / 64 * block + k * 128 + n % 64 * 2); }, bf16_value);
+}
+template <int F> inline void wgmma_scores(float (&acc)[F][4], u64 a, u64 b, int add) {
+    u32 base = (u32)b << 4, words[4];
+    wgmma_rows(words, a);
+    wgmma_(acc, words, !add, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, bf16_value);
+}
+template <int F> inline void wgmma_half(float (&acc)[F][4], const u32 (&words)[4], u64 b) {
+    u32 base = (u32)b << 4;
+    wgmma_(acc, words, false, [&](int n, int k) { return swizzled_value(base + n * 128 + 2 * k); }, half_value);
+}
+template <int F> inline void wgmma_output(float (&acc)[F][4], u64 a, u64 b) {
+    u32 words[4];
+    wgmma_rows(words, a);
+    wgmma_half(acc, words, b);
+}
+template <int F> inline void wgmma_delta(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 operand) {
+    u32 words[4] = {a, b, c, d};
+    wgmma_half(acc, words, operand);
+}
+template <int F> inline void wgmma_scored(float (&acc)[F][4], u32 a, u32 b, u32 c, u32 d, u64 operand) { wgmma_delta(acc, a, b, c, d, operand); }
+template <int F> inline void wgmma_update(float (&acc)[F][4], u64 a, u64 b) {  // a is transposed: 16 rows in memory are its depth
+    int l = threadIdx.x % 32, w = threadIdx.x / 32 % 4;
+    u32 base = (u32)a << 4, words[4];
+    for (int i = 0; i < 4; ++i) {
+        int row = 16 * w + l / 4 + i % 2 * 8, k = 2 * (l % 4) + i / 2 * 8;
+        words[i] = swizzled_value(base + k * 128 + 2 * row) | (u32)swizzled_value(base + (k + 1) * 128 + 2 * row) << 16;
+    }
+    wgmma_half(acc, words, b);
+}
+inline void warp_arrive(u32 b) { __syncwarp(); if (threadIdx.x % 32 == 0) barrier_arrive(b); }
+inline void idle_for(u32) {}
 template <int COUNT> inline void more_registers() {}
 template <int COUNT> inline void fewer_registers() {}
 inline void take_registers() {}

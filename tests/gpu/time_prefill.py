@@ -2,7 +2,7 @@
 
     python tests/gpu/time_prefill.py [output.json]
 
-Device time is that of whole launches between two events; with `phases`, the microseconds of each phase, all layers.
+Device time is that of the launches, each between two events; with `phases`, the microseconds of each phase, all layers.
 `crossover` compares a prompt of few tokens with as many steps of the decode kernel; `first_token` is what a session of
 the Python API takes, warm, from a prompt of 520 tokens to the first token; `long_prompt` has the memory of the longest.
 """
@@ -27,7 +27,6 @@ from onekernel.checkpoint.shape import FULL  # noqa: E402
 from onekernel.engine import Engine  # noqa: E402
 from onekernel.gpu.decoder import Decoder, State  # noqa: E402
 from onekernel.gpu.device import find_gpu  # noqa: E402
-from onekernel.gpu.driver import check  # noqa: E402
 from onekernel.gpu.layout import Layout  # noqa: E402
 from onekernel.gpu.prefill_layout import MOST_CHUNK_TOKENS, PrefillLayout  # noqa: E402
 from onekernel.gpu.prefiller import Prefiller  # noqa: E402
@@ -52,25 +51,21 @@ def median_ms(run: Callable[[], object], repeats: int = REPEATS) -> float:
 
 class Timer:
     def __init__(self, prefiller: Prefiller) -> None:
-        from cuda.bindings import driver
-
-        self.driver, self.prefiller, self.stream = driver, prefiller, prefiller.decoder.stream
-        self.begin, self.end = (check(driver.cuEventCreate(0)) for _ in range(2))
+        self.prefiller = prefiller
         self.random = np.random.default_rng(0)
 
     def tokens(self, count: int) -> list[int]:
         return self.random.integers(0, VOCABULARY_SIZE, count).tolist()
 
     def device_ms(self, state: State, tokens: list[int], position: int, repeats: int = REPEATS) -> float:
+        """Of the launches alone, by the GPU's clock."""
         times = []
         for _ in range(repeats):
             state.position = position
-            check(self.driver.cuEventRecord(self.begin, self.stream))
+            before = self.prefiller.decoder.clock.seconds
             self.prefiller.prefill(state, tokens)
-            check(self.driver.cuEventRecord(self.end, self.stream))
-            check(self.driver.cuStreamSynchronize(self.stream))
-            times.append(float(check(self.driver.cuEventElapsedTime(self.begin, self.end))))
-        return round(float(np.median(times)), 4)
+            times.append(self.prefiller.decoder.clock.seconds - before)
+        return round(float(np.median(times)) * 1e3, 4)
 
     def phases_us(self, state: State, tokens: list[int], position: int) -> dict[str, float]:
         """Of one launch: microseconds of each phase, all layers together."""

@@ -25,7 +25,7 @@ __device__ __forceinline__ uint4 norm_and_rotate(uint4 packed, const float* weig
     unpack8(x, packed);
 #pragma unroll
     for (int i = 0; i < 8; ++i) squares += x[i] * x[i];
-    float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + NORM_EPS);
+    float scale = rsqrt_fast(warp_sum(squares) / HEAD_DIM + NORM_EPS);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         x[i] *= scale * load_constant(weight + 8 * lane + i);
@@ -41,7 +41,7 @@ __device__ __forceinline__ uint4 norm_and_rotate(uint4 packed, const float* weig
 __device__ __forceinline__ void rotate(const PrefillArguments& a, const FullLayer& layer) {
     constexpr int SLOTS = HEADS + 2 * KV_HEADS;
     int lane = thread_index() % 32;
-    for (int i = block_index() * PREFILL_WARPS + thread_index() / 32; i < a.tokens * SLOTS; i += gridDim.x * PREFILL_WARPS) {
+    for (int i = block_index() * WORKER_WARPS + thread_index() / 32; i < a.tokens * SLOTS; i += gridDim.x * WORKER_WARPS) {
         int token = i / SLOTS, slot = i % SLOTS, position = a.position + token;
         u16* row = a.projected + (long long)token * FULL_STRIDE;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
@@ -82,9 +82,9 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
     float* peaks = (float*)(memory + QUERY_ROWS * KEY_ROW + ATTENTION_GROUPS * ATTENTION_GROUP);  // [groups, 64], then sums
     bool active = group < ATTENTION_GROUPS;
 
-    __syncthreads();  // shared memory is free
+    worker_sync();  // shared memory is free
 #pragma unroll 2
-    for (int i = thread_index(); i < QUERY_ROWS * 32; i += PREFILL_THREADS) {
+    for (int i = thread_index(); i < QUERY_ROWS * 32; i += WORKERS) {
         int row = i / 32, token = min(first_token + row / GROUP_QUERIES, a.tokens - 1), head = kv_head * GROUP_QUERIES + row % GROUP_QUERIES;
         copy_async16(queries + swizzled<KEY_ROW>(row, i % 32), a.projected + (long long)token * FULL_STRIDE + head * 2 * HEAD_DIM + 8 * (i % 32));
     }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
     int row = 16 * warp + lane / 4;
     int last_key[2] = {a.position + first_token + row / GROUP_QUERIES, a.position + first_token + (row + 8) / GROUP_QUERIES};
     if (active) copy_wait<ATTENTION_STAGES - 1>();
-    __syncthreads();  // the queries are there, loaded by all
+    worker_sync();  // the queries are there, loaded by all
     for (int key_tile = group, slot = 0; active && key_tile < key_tiles; key_tile += ATTENTION_GROUPS) {
         u32 stage = stages + slot * KEY_STAGE;
         copy_wait<ATTENTION_STAGES - 1>();
@@ -183,7 +183,7 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
             peaks[(ATTENTION_GROUPS + group) * QUERY_ROWS + row + 8 * i] = sum[i];
         }
     }
-    __syncthreads();
+    worker_sync();
     // Each group leaves its share of the result in its own stages, as [fragment][warp][lane] of four floats.
     float4* shares = (float4*)(memory + QUERY_ROWS * KEY_ROW);
     if (active) {
@@ -203,9 +203,9 @@ __device__ __forceinline__ void attend_tile(const PrefillArguments& a, const Ful
             shares[group * (ATTENTION_GROUP / 16) + n * 128 + thread_index() % 128] =
                 make_float4(out[n][0] * share[0], out[n][1] * share[0], out[n][2] * share[1], out[n][3] * share[1]);
     }
-    __syncthreads();
+    worker_sync();
 #pragma unroll 2
-    for (int f = thread_index(); f < HEAD_DIM / 8 * 128; f += PREFILL_THREADS) {
+    for (int f = thread_index(); f < HEAD_DIM / 8 * 128; f += WORKERS) {
         float4 sum = shares[f];
 #pragma unroll
         for (int g = 1; g < ATTENTION_GROUPS; ++g) {

@@ -19,8 +19,8 @@ static_assert(KEY_HEAD_DIM == SCAN_WARPS * 16, "each warp has 16 rows of the sta
 
 // The matrices of one chunk into a stage, by the warps that do not multiply.
 __device__ __forceinline__ void load_scan_stage(const u8* item, u32 stage) {
-    constexpr int LOADERS = PREFILL_THREADS - 32 * SCAN_WARPS, HEAD_CHUNKS = 3 * CHUNK * HEAD_ROW / 16, SCORE_CHUNKS = CHUNK * CHUNK * 2 / 16;
-    static_assert(ITEM_WEIGHT == 0 && ITEM_QUERY == SCAN_QUERY && ITEM_KEY == SCAN_KEY && ITEM_SCORES == SCAN_SCORES, "copied as one range");
+    constexpr int LOADERS = WORKERS - 32 * SCAN_WARPS, HEAD_CHUNKS = 3 * CHUNK * HEAD_ROW / 16, SCORE_CHUNKS = CHUNK * CHUNK * 2 / 16;
+    static_assert(WGMMA || ITEM_WEIGHT == 0 && ITEM_QUERY == SCAN_QUERY && ITEM_KEY == SCAN_KEY && ITEM_SCORES == SCAN_SCORES, "copied as one range");
     int t = thread_index() - 32 * SCAN_WARPS;
 #pragma unroll 4
     for (int i = t; i < HEAD_CHUNKS; i += LOADERS)
@@ -52,7 +52,7 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
             own_delta[2 * n] = u[0], own_delta[2 * n + 1] = u[8 * HEAD_ROW / 4];
         }
     };
-    __syncthreads();  // shared memory is free
+    worker_sync();  // shared memory is free
     if (!computes)
 #pragma unroll
         for (int i = 0; i < SCAN_STAGES - 1; ++i) {
@@ -80,12 +80,12 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
             delta[n][0] = first.x, delta[n][1] = first.y, delta[n][2] = second.x, delta[n][3] = second.y;
         }
         if (SCAN_STAGES == 1) {
-            __syncthreads();  // the only stage is read
+            worker_sync();  // the only stage is read
             if (!computes) load_scan_stage(items + chunk * NEXT, stage);
             copy_commit();
         }
         copy_wait<SCAN_STAGES == 1 ? 0 : SCAN_STAGES - 2>();
-        __syncthreads();  // this chunk's matrices and the state are there; the chunk before is done
+        worker_sync();  // this chunk's matrices and the state are there; the chunk before is done
         if (!computes && SCAN_STAGES > 1) {
             int ahead = chunk + SCAN_STAGES - 1;
             if (ahead < chunks) load_scan_stage(items + ahead * NEXT, shared + ahead % SCAN_STAGES * SCAN_STAGE);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
                 store_shared(at + 8 * SCAN_ROW, pack_half2(delta[n][2], delta[n][3]));
             }
         }
-        __syncthreads();  // delta is there; the state's copy is read
+        worker_sync();  // delta is there; the state's copy is read
         if (computes) {
 #pragma unroll
             for (int n = 0; n < STATE_FRAGMENTS; ++n)
@@ -169,7 +169,7 @@ __device__ __forceinline__ void scan_head(const PrefillArguments& a, const Linea
 
 // The last four inputs of the convolution, for the tokens to come. delta_chunks, which reads the window, is over.
 __device__ __forceinline__ void move_window(const PrefillArguments& a, const LinearLayer& layer) {
-    for (int channel = block_index() * PREFILL_THREADS + thread_index(); channel < CONV_DIM; channel += gridDim.x * PREFILL_THREADS) {
+    for (int channel = block_index() * WORKERS + thread_index(); channel < CONV_DIM; channel += gridDim.x * WORKERS) {
         float* window = layer.conv_window + 4 * channel;
         float next[4];
 #pragma unroll

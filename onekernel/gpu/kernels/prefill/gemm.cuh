@@ -3,8 +3,7 @@
 // A block makes tiles of ROW_TILE rows x TOKEN_TILE tokens. Warp w has 16 rows of a tile. What a lane finds of their weights
 // on the decode kernel's tape (row l / 4, columns 8 (l % 4) and the next seven) is an operand of the tensor cores, in
 // registers, if the tokens' columns stand in the order of `input_place`. The tokens go through a ring in shared memory,
-// one copy a step of 64 columns. On sm_90a a fourth group of warps asks for them, so that none of the others waits for
-// another, and lends its registers.
+// one copy a step of 64 columns. On sm_90a the asker brings them in, so that none of the workers waits for another.
 //
 // NARROW, for few tokens: a tile has 64 rows, and three groups of four warps take its steps in turn.
 #pragma once
@@ -48,6 +47,9 @@ struct Product {
 
 __device__ constexpr int longest(int a, int b) { return a > b ? a : b; }
 static_assert(longest(longest(HIDDEN, INTERMEDIATE), longest(VALUE_DIM, QUERY_DIM)) <= 512 * STEP_COLUMNS, "room for the offsets of a row's steps");
+
+__device__ __forceinline__ Product& product_in_shared(u8* memory) { return *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES); }
+__device__ __forceinline__ const Product& product_in_shared(const u8* memory) { return *(const Product*)(memory + GEMM_BYTES - PRODUCT_BYTES); }
 
 // Where in a group the tile (512 bytes: 8 rows x 32 columns) with columns 32 * column_tile and up stands.
 __device__ __forceinline__ int tile_offset(int columns, int column_tile) {
@@ -174,7 +176,7 @@ struct TokenRing {
     // By all threads.
     __device__ __forceinline__ void fill(const u8* from, u32 step) const {
 #pragma unroll 2
-        for (int at = thread_index() * 16; at < TOKENS_BYTES; at += PREFILL_THREADS * 16) copy_async16(stage(step) + at, from + at);
+        for (int at = thread_index() * 16; at < TOKENS_BYTES; at += WORKERS * 16) copy_async16(stage(step) + at, from + at);
     }
 #endif
 };
@@ -184,7 +186,8 @@ struct Tile {
     int row_tile, token_tile, split;
     int first, steps;  // of the columns
 
-    __device__ __forceinline__ Tile(const volatile Product& p, int item) {
+    template <class P>  // a Product, or one in shared memory
+    __device__ __forceinline__ Tile(const P& p, int item) {
         u32 token_tiles = (u32)(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, row_tiles = (u32)(p.rows + ROW_TILE - 1) / (ROW_TILE);
         u32 all = p.columns / STEP_COLUMNS, splits = p.splits, rest = (u32)item / token_tiles;
         token_tile = item - rest * token_tiles, split = rest / row_tiles;
@@ -192,7 +195,8 @@ struct Tile {
         first = all * split / splits, steps = all * (split + 1) / splits - first;
     }
 };
-__device__ __forceinline__ int tile_count(const volatile Product& p) {
+template <class P>
+__device__ __forceinline__ int tile_count(const P& p) {
     return (p.tokens + TOKEN_TILE - 1) / TOKEN_TILE * ((p.rows + ROW_TILE - 1) / (ROW_TILE)) * p.splits;
 }
 // The tokens of the step that comes `ahead` steps after the first of `item`, or null behind the last.
@@ -230,9 +234,11 @@ __device__ __forceinline__ void add_groups(TokenFragments& acc, int group, u32 s
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// The fourth group's part: one thread asks for the tokens of all tiles.
-__device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const volatile Product& p, u32 step) {
-    if (thread_index() == 128 * ROW_GROUPS) {
+// The asker's part, by one thread: the tokens of all tiles, from step `step` of the ring on. It goes by a copy of the product:
+// the workers may be in the next phase when the last step is asked for.
+__device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const u8* memory, u32& step) {
+    const Product p = product_in_shared(memory);
+    {
 #pragma unroll 1
         for (int item = block_index(); item < tile_count(p); item += gridDim.x) {
             Tile tile(p, item);
@@ -241,7 +247,6 @@ __device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const vola
             for (int i = 0; i < tile.steps; ++i, ++step, from += TOKENS_BYTES) ring.fill(from, step);
         }
     }
-    __syncwarp();  // what follows is for whole warps
 }
 
 __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const TokenRing& ring, const volatile Product& p, u32 offsets, u32 used) {
@@ -337,7 +342,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
 #pragma unroll 1
             for (int step = 0; step < steps; ++step) {
                 copy_wait<WEIGHTS_AHEAD - 1>();  // tokens and weights
-                __syncthreads();
+                worker_sync();
                 ask(item, step + WEIGHTS_AHEAD);
                 StepWeights w;
                 u32 from = weights + slot * WEIGHT_SLOT;
@@ -371,28 +376,14 @@ __device__ __forceinline__ u32 steps_of_block(const volatile Product& p) {
 // With `splits` > 1 the columns are dealt to that many blocks, and their sums come out apart.
 __device__ __forceinline__ void gemm(const PrefillArguments& a, const TokenRing& ring, const Product& given, u8* memory) {
     const u32 offsets = ring.shared + GEMM_RING + WEIGHT_RING + ROW_GROUPS * STORE_BYTES + SUM_BYTES;
-    Product& shared_product = *(Product*)(memory + GEMM_BYTES - PRODUCT_BYTES);
-    const volatile Product& p = shared_product;
+    const volatile Product& p = product_in_shared(memory);
     u32 used = *ring.used;
-    fence_async();
-    __syncthreads();  // what other phases did with this memory is done
-    for (int step = thread_index(); step < given.columns / STEP_COLUMNS; step += PREFILL_THREADS)
+    for (int step = thread_index(); step < given.columns / STEP_COLUMNS; step += WORKERS)
         store_shared2(offsets + 8 * step, tile_offset(given.columns, 2 * step), tile_offset(given.columns, 2 * step + 1));
-    if (thread_index() == 0) shared_product = given;
-    __syncthreads();
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if (thread_index() < 128 * ROW_GROUPS) {
-        more_registers<160>();
-        multiply_tiles(a, ring, p, offsets, used);
-        fewer_registers<128>();
-    } else {
-        fewer_registers<32>();
-        ask_for_tokens(ring, p, used);
-        more_registers<128>();
-    }
-#else
+    if (thread_index() == 0) product_in_shared(memory) = given;
+    fence_async_shared();  // what the phase before left in shared memory is overwritten by bulk copies
+    __syncthreads();       // the asker begins
     multiply_tiles(a, ring, p, offsets, used);
-#endif
     if (thread_index() == 0) *ring.used = used + steps_of_block(p);  // the barriers between phases show it to all
 }
 

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "layer/linear_attention.cuh"
+#include "primitive/bulk.cuh"
 #include "primitive/matrix.cuh"
+#include "primitive/quick.cuh"
 #include "state.cuh"
 
 constexpr int CHUNK = 64;                            // tokens of the delta rule that are solved together
@@ -14,12 +16,17 @@ constexpr int GROUP_QUERIES = HEADS / KV_HEADS;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool WGMMA = true;
-constexpr int PREFILL_WARPS = 16;
 #else
 constexpr bool WGMMA = false;
-constexpr int PREFILL_WARPS = 12;
 #endif
-constexpr int PREFILL_THREADS = PREFILL_WARPS * 32;
+// All phases are the work of three groups of four warps. On sm_90a a fourth, the asker, brings in what products and
+// attention read, and does nothing else: registers that it gives away it never needs again.
+constexpr int WORKER_WARPS = 12;
+constexpr int WORKERS = WORKER_WARPS * 32;
+constexpr int PREFILL_THREADS = WORKERS + (WGMMA ? 128 : 0);
+// Barrier of the workers alone; those that a part of them meets at have the numbers up to 13, and 15 (gemm.cuh).
+__device__ __forceinline__ void worker_sync() { group_barrier(WGMMA ? 14 : 0, WORKERS); }
+
 constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
 constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
 constexpr int TOKENS_BYTES = TOKEN_TILE * STEP_BYTES;
@@ -42,29 +49,41 @@ __device__ __forceinline__ void store_input(u16* input, int token, int column, u
     *(u32*)input_place<COLUMNS>(input, token, column + 2) = second;
 }
 
-// With the quick division: the code of a phase runs once a layer, so its length costs more than its arithmetic.
-__device__ __forceinline__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-1.44269504f * x)); }
+// The code of a phase runs once a layer, so its length costs more than its arithmetic: no care for denormal numbers.
+__device__ __forceinline__ float quick_sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-1.44269504f * x)); }
 __device__ __forceinline__ float quick_exp(float x) { return exp2_fast(1.44269504f * x); }
 __device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 
 // Asks for a whole matrix in L2, ahead of the phase that multiplies it; matrices that would not stay there are left alone.
-__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix, int rows, int columns) {
+// By `threads` threads; this is number `thread`.
+__device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int matrix, int rows, int columns, int thread, int threads) {
     int groups = (rows + 7) / 8;
     if ((long long)rows * columns * 2 > MOST_PREFETCHED) return;
     for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
         int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
-        for (int at = thread_index() * 128; at < bytes; at += PREFILL_THREADS * 128) prefetch_l2(share + at);
+        for (int at = thread * 128; at < bytes; at += threads * 128) {
+            prefetch_l2(share + at);
+            if (WGMMA && !NARROW) idle_for(300);  // products are on their way meanwhile
+        }
     }
 }
 
 // Parts of a (chunk, value head) item that delta_chunks leaves for delta_scan: fp16 matrices with a row a token.
+constexpr int ITEM_MATRIX = CHUNK * KEY_HEAD_DIM * 2;
 constexpr int ITEM_WEIGHT = 0;                                    // [64, 128] -W
-constexpr int ITEM_QUERY = ITEM_WEIGHT + CHUNK * KEY_HEAD_DIM * 2;  // [64, 128] q, faded from the chunk's start
-constexpr int ITEM_KEY = ITEM_QUERY + CHUNK * KEY_HEAD_DIM * 2;     // [64, 128] k, faded to the chunk's end
-constexpr int ITEM_SCORES = ITEM_KEY + CHUNK * KEY_HEAD_DIM * 2;    // [64, 64] q k^T, faded
-constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;         // [64, 128] U
-constexpr int ITEM_BYTES = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;
+constexpr int ITEM_QUERY = (WGMMA ? 2 : 1) * ITEM_MATRIX;         // [64, 128] q, faded from the chunk's start
+constexpr int ITEM_KEY = (WGMMA ? 1 : 2) * ITEM_MATRIX;           // [64, 128] k, faded to the chunk's end
+constexpr int ITEM_SCORES = 3 * ITEM_MATRIX;                      // [64, 64] q k^T, faded
+constexpr int ITEM_DELTA = ITEM_SCORES + CHUNK * CHUNK * 2;       // [64, 128] U
+constexpr int ITEM_STATE = ITEM_DELTA + CHUNK * VALUE_HEAD_DIM * 2;  // on sm_90a, from carry_state: S, [2][128 columns][64 dims]
+constexpr int ITEM_BYTES = ITEM_STATE + (WGMMA ? VALUE_HEAD_DIM * KEY_HEAD_DIM * 2 : 0);
+
+// The place in an item of 16 bytes of a row of q or k. On sm_90a blocks of 64 dims, as wgmma reads them; W, the scores and U
+// are kept as registers of wgmma there, fragments of 8 columns in pairs: [pairs][128 threads] of 16 bytes.
+__device__ __forceinline__ u32 item_place(int row, int chunk) {
+    return WGMMA ? chunk / 8 * (CHUNK * 128) + swizzled<128>(row, chunk % 8) : row * (KEY_HEAD_DIM * 2) + 16 * chunk;
+}
 
 __device__ __forceinline__ LinearLayer linear_layer(const PrefillArguments& a, int layer) {
     LinearLayer l;

@@ -16,7 +16,7 @@ constexpr int PARTS_AT_ONCE = ROW_VECTORS <= 4 ? 4 : ROW_VECTORS <= 10 ? 2 : 1; 
 static_assert(HIDDEN % (128 * ROW_WARPS) == 0, "the warps share a row evenly");
 
 __device__ __forceinline__ int first_row() { return block_index() + thread_index() / (32 * ROW_WARPS) * gridDim.x; }
-__device__ __forceinline__ int row_step() { return gridDim.x * (PREFILL_WARPS / ROW_WARPS); }
+__device__ __forceinline__ int row_step() { return gridDim.x * (WORKER_WARPS / ROW_WARPS); }
 __device__ __forceinline__ int row_column(int i) { return 4 * (thread_index() % (32 * ROW_WARPS) + 32 * ROW_WARPS * i); }
 
 // residual = x, input = x / rms(x) * weight, of one token.
@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_row(const PrefillArguments& a, int token, 
     float total = 0;
 #pragma unroll
     for (int i = 0; i < ROW_WARPS; ++i) total += sums[i];
-    float scale = rsqrtf(total / HIDDEN + NORM_EPS);
+    float scale = rsqrt_fast(total / HIDDEN + NORM_EPS);
 #pragma unroll
     for (int i = 0; i < ROW_VECTORS; ++i) {
         float4 w = load_constant4(weight + row_column(i));
@@ -85,7 +85,7 @@ __device__ __forceinline__ void add_and_normalise(const PrefillArguments& a, int
 // mixed = o / rms(o) * weight * silu(z), head by head; a warp takes two of them at a time.
 __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const LinearLayer& layer) {
     constexpr int AT_ONCE = 2;
-    int lane = thread_index() % 32, warp = block_index() * PREFILL_WARPS + thread_index() / 32, warps = gridDim.x * PREFILL_WARPS;
+    int lane = thread_index() % 32, warp = block_index() * WORKER_WARPS + thread_index() / 32, warps = gridDim.x * WORKER_WARPS;
     float4 w = load_constant4(layer.gated_norm + 4 * lane);
 #pragma unroll 1
     for (int first = warp; first < a.tokens * VALUE_HEADS; first += AT_ONCE * warps) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void gated_norm(const PrefillArguments& a, const Line
         for (int n = 0; n < AT_ONCE; ++n) {
             int i = first + n * warps, t = i / VALUE_HEADS, column = i % VALUE_HEADS * VALUE_HEAD_DIM + 4 * lane;
             float2 x = unpack_half2(packed[n].x), y = unpack_half2(packed[n].y);
-            float scale = rsqrtf(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
+            float scale = rsqrt_fast(warp_sum(x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y) / VALUE_HEAD_DIM + NORM_EPS);
             if (t < a.tokens)
                 store_input<VALUE_DIM>(a.mixed, t, column, pack2(x.x * scale * w.x * quick_silu(low_half(z[n].x)), x.y * scale * w.y * quick_silu(high_half(z[n].x))),
                                        pack2(y.x * scale * w.z * quick_silu(low_half(z[n].y)), y.y * scale * w.w * quick_silu(high_half(z[n].y))));

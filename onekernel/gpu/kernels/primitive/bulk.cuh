@@ -21,7 +21,9 @@ __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
 __device__ __forceinline__ void bulk_load(u32 shared, const void* global, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
-// Between accesses by threads and bulk copies or wgmma of the same shared memory.
+// Between accesses by threads and bulk copies or wgmma of the same memory: of shared memory alone, or of all, which waits
+// for what this thread has on its way to the whole GPU.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // A test suspends the thread for a while: so many of them are seconds.
@@ -30,6 +32,12 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     for (u32 tests = 0; !barrier_test(barrier, parity);)
         if (++tests > MOST_TESTS) fault();
 }
+// By a whole warp: what its lanes did before is done.
+__device__ __forceinline__ void warp_arrive(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+__device__ __forceinline__ void idle_for(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
 // A group of four warps takes registers from the others of the block, or leaves them its own: a multiple of 8 a thread.
 template <int COUNT>
 __device__ __forceinline__ void more_registers() {
@@ -43,5 +51,7 @@ __device__ __forceinline__ void fewer_registers() {
 #else
 
 __device__ __forceinline__ void fence_async() {}
+__device__ __forceinline__ void fence_async_shared() {}
+__device__ __forceinline__ void idle_for(u32) {}
 
 #endif

@@ -43,9 +43,9 @@ class Layout:
     batch_groups: int = BATCH_GROUPS[0]
     layer_stages_in_flight: int = 2
     head_stages_in_flight: int = 4
-    poll_after: int = 600  # clocks between a block's part of an exchange and its first look for the others'
-    poll_after_publishing: int = 0  # the same for the warps that published it
-    producer_doze: int = 64  # nanoseconds between two looks for a free stage
+    poll_after: int = 800  # clocks between a block's part of an exchange and its first look for the others'
+    poll_after_publishing: int = 500  # the same for the warps that published it
+    producer_doze: int = 0  # nanoseconds between two looks for a free stage
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0

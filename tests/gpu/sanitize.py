@@ -121,10 +121,11 @@ def _run(command: list[str], environment: dict[str, str]) -> tuple[str, int | No
 
 
 def _listing(cache: Path) -> str:
-    """The machine code of the one kernel in a cache, with its lines; nothing where the toolkit has no nvdisasm."""
-    [entry] = cache.rglob("*.cubin")
+    """The machine code of the decode kernel in a cache, with its lines; nothing where the toolkit has no nvdisasm."""
+    cubins = [entry.read_bytes()[32:] for entry in cache.rglob("*.cubin")]  # behind the hash of the content
+    [decode] = [cubin for cubin in cubins if b".text.decode" in cubin]
     cubin = cache / "kernel"
-    cubin.write_bytes(entry.read_bytes()[32:])  # behind the hash of its content
+    cubin.write_bytes(decode)
     try:
         done = subprocess.run(["nvdisasm", "-c", "-gi", str(cubin)], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -98,7 +98,7 @@ def test_batch_kernel_compiles_within_its_registers(name: str, arch: str, bucket
     cubin, resources = compile_source(batch_source(layout), arch, "batch")
     assert cubin.startswith(compiler.ELF)
     assert 0 < resources.registers <= REGISTERS
-    assert resources.spill_stores + resources.spill_loads <= (600 if arch == "sm_90a" else 1600), resources
+    assert resources.spill_stores + resources.spill_loads <= (1000 if arch == "sm_90a" else 2700), resources
 
 
 def test_layout_that_counts_too_little_shared_memory_does_not_compile() -> None:

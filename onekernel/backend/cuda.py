@@ -29,7 +29,7 @@ from onekernel.sampling.params import SampledToken
 from onekernel.sampling.sampler import Sampler
 
 TOKENS_PER_LAUNCH = 256
-LEAST_PREFILL = 16  # tokens from which on one prefill takes less time than so many steps of the decode kernel
+LEAST_PREFILL = 5  # tokens from which on one prefill takes less time than so many steps of the decode kernel
 
 
 def usable_gpu() -> Gpu:

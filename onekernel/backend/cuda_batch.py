@@ -1,7 +1,4 @@
-"""CudaBatch: many states a launch on the GPU, and beside them the rows that need the host for each token.
-
-No kernel for it has landed yet (docs/log.md), so that CudaBackend does not use it: rows take turns there.
-"""
+"""CudaBatch: many states a launch on the GPU, and beside them the rows that need the host for each token."""
 
 from __future__ import annotations
 

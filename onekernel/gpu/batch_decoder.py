@@ -77,6 +77,8 @@ class BatchDecoder:
         gpu.make_current()
         self.layouts = layouts_for(decoder.layout, [bucket for bucket in buckets if bucket <= bucket_of(slots)])
         self.slots = slots = min(slots, max(self.layouts))
+        from cuda.core import Program  # noqa: F401  (now: its first import must not be by several threads at once)
+
         sources = {bucket: batch_source(layout) for bucket, layout in self.layouts.items()}
         with ThreadPoolExecutor(len(sources)) as compilers:
             list(compilers.map(lambda source: compile_cached(source, gpu.arch, "batch"), sources.values()))
@@ -85,10 +87,11 @@ class BatchDecoder:
         }
         self.scratch: dict[str, DeviceBuffer] = {}
         self.table = DeviceBuffer(ctypes.sizeof(BatchRow) * slots)
-        self.words = DeviceBuffer(4 * (2 + decoder.layout.blocks))  # the barrier's counter, `stop`, `meetings`
+        self.words = DeviceBuffer(8)  # the barrier's counter, `stop`
         self.times = DeviceBuffer(8 * (8 * decoder.shape.layers + 256))
         self.mapped = MappedMemory(MOST_STEPS * slots + 2)
         self._sampling: dict[int, DeviceSampling] = {}  # by place in the batch
+        self._products = 0  # that blocks have shared so far, see batch/gemm_split.cuh
         self._running = False
 
     def run(
@@ -140,6 +143,7 @@ class BatchDecoder:
                 if name in self.scratch:
                     self.scratch[name].free()
                 self.scratch[name] = DeviceBuffer(size)
+                self.scratch[name].clear()  # columns without a row are multiplied as well, for nothing
 
     def _held(self, name: str) -> int:
         return self.scratch[name].nbytes if name in self.scratch else 0
@@ -206,7 +210,6 @@ class BatchDecoder:
             **{name: buffer.address for name, buffer in self.scratch.items()},
             barrier=self.words.address,
             stop=self.words.address + 4,
-            meetings=self.words.address + 8,
             output=self.mapped.address,
             report=self.mapped.address + 8 * (len(self.mapped.words) - 2),
             cancel=self.mapped.address + 8 * (len(self.mapped.words) - 1),
@@ -217,7 +220,9 @@ class BatchDecoder:
             most_splits=splits,
             draws=any(not row.sampler.params.greedy for row in rows),
             logprobs=any(row.sampler.params.logprobs is not None for row in rows),
+            first_product=self._products,
         )
+        self._products = (self._products + 2 * decoder.shape.layers * steps) % 2**31
         self.kernels[bucket].launch(arguments, stream)
         self._running = True
 

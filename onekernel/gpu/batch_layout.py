@@ -30,7 +30,7 @@ ROOMY = 200 << 10  # bytes of shared memory: chips with more also let warps give
 LEAST_SPLIT, MOST_SPLITS = 32, 256  # positions of a split of the context at least; splits at most (batch/attention.cuh)
 SHARING = 4  # blocks that deal the columns of some products (batch/gemm_split.cuh)
 HISTOGRAMS_BYTES = CONSUMER_WARPS * 3 * 256 * 4  # of shared memory, for sampling
-ROW_BYTES = 8 + 5 * 4 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, first_item
+ROW_BYTES = 8 + 5 * 4 + 2 + 40 + 8 + 2 * 4  # of shared memory: Rows, Cut, Candidate, inverse, first_item
 
 
 def bucket_of(rows: int) -> int:
@@ -54,6 +54,7 @@ class BatchLayout:
     column_groups: int
     ring_stages: int
     layer_stages_in_flight: int = 2
+    state_stages_in_flight: int = 4
     head_stages_in_flight: int = 3
 
     @classmethod
@@ -88,6 +89,7 @@ class BatchLayout:
             "RING_STAGES": self.ring_stages,
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
+            "STATE_STAGES_IN_FLIGHT": min(self.state_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
             "COLUMN_GROUPS": self.column_groups,
             "PASSES": self.columns // (8 * self.column_groups),
@@ -107,13 +109,13 @@ class BatchLayout:
         projected = -(-max(projected_linear(s), projected_full(s)) // 4) * 4
         return {
             "input": 2 * n * s.hidden,
-            "squares": 4 * n * self.decode.blocks,
+            "squares": 4 * n * (-(-self.decode.blocks // 4) * 4),
             "projected": 4 * n * projected,
             "mixed": 2 * n * max(s.value_dim, s.query_dim),
             "activated": 2 * n * s.intermediate,
             "partial": 4 * n * s.heads * most_splits * (s.head_dim + 4),
             "candidates": 3 * 8 * n * self.decode.blocks,
-            "slices": 4 * n * CONSUMER_WARPS * -(-self.decode.blocks // SHARING) * self._shared_rows,
+            "slices": 8 * n * CONSUMER_WARPS * -(-self.decode.blocks // SHARING) * self._shared_rows,
         }
 
 
@@ -134,12 +136,13 @@ def _scratch_bytes(decode: Layout, columns: int, groups: int) -> int:
     """Shared memory of a block beside the weight ring (`Shared` in batch.cu, which checks the sum)."""
     shape = decode.shape
     sums = 2 * CONSUMER_WARPS * 16 * (8 * groups + 1) * 4 * (4 // groups if groups < 4 else 1)
-    if groups == 8 and decode.shared_memory >= ROOMY and decode.blocks % SHARING == 0:
-        sums = 8192  # no sums of slices meet in shared memory
+    if groups >= 8 and decode.shared_memory >= ROOMY and decode.blocks % SHARING == 0:
+        sums = 32768  # no sums of slices meet in shared memory
     attention = CONSUMER_WARPS * (shape.heads // shape.kv_heads) * 512
     rows = residual_rows(shape, decode.blocks)
     residual = 4 * (rows + -(-rows // 16)) * columns
-    return max(sums, HISTOGRAMS_BYTES, attention) + residual + ROW_BYTES * columns + 8 * MOST_STAGES + 512
+    taps = 16 * ROW_GROUP * -(-projected_linear(shape) // (ROW_GROUP * decode.blocks))
+    return max(sums, HISTOGRAMS_BYTES, attention) + residual + taps + ROW_BYTES * columns + 8 * MOST_STAGES + 512
 
 
 class BatchRow(ctypes.Structure):
@@ -172,14 +175,13 @@ class BatchArguments(ctypes.Structure):
         ("const float2*", "rope"),  # [positions, ROTARY_DIM / 2]: cos, sin
         ("const BatchRow*", "row_table"),  # [rows]
         ("unsigned char*", "input"),  # [columns, HIDDEN], 16 bit, as operand_place says
-        ("float*", "squares"),  # [columns, BLOCKS]: sums of squares of the residual stream
+        ("float*", "squares"),  # [columns, BLOCKS rounded up to 4]: sums of squares of the residual stream
         ("float*", "projected"),  # [columns, PROJECTED_STRIDE]
         ("unsigned char*", "mixed"),  # [columns, VALUE_DIM or QUERY_DIM], as operand_place says
         ("unsigned char*", "activated"),  # [columns, INTERMEDIATE], as operand_place says
         ("float*", "partial"),  # [columns, HEADS, most_splits, HEAD_DIM + 4]
         ("unsigned long long*", "candidates"),  # [columns, up to 2 BLOCKS], then [columns, BLOCKS]
-        ("float*", "slices"),  # see slice_sums in batch/gemm_split.cuh
-        ("unsigned int*", "meetings"),  # [BLOCKS / 4], zero before the launch
+        ("unsigned long long*", "slices"),  # see slice_sums in batch/gemm_split.cuh
         ("unsigned int*", "barrier"),  # zero before the launch
         ("unsigned int*", "stop"),  # the block that looks at `cancel` tells the others
         ("unsigned long long*", "output"),  # host [steps, rows]: made << 32 | last << 31 | failure << 28 | token
@@ -192,7 +194,7 @@ class BatchArguments(ctypes.Structure):
         ("int", "most_splits"),
         ("int", "draws"),  # some row samples at a temperature
         ("int", "logprobs"),  # some row wants them
-        ("int", "unused"),
+        ("int", "first_product"),  # of those that blocks share: one less than the number of the launch's first
     )
     _fields_ = ctypes_fields(_FIELDS_IN_C)
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ ARCHITECTURES = (
     "sm_121a",
 )
 ELF = b"\x7fELF"
+_IMPORTING = threading.Lock()  # cuda.core's first import is not safe in several threads at once (1.0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def compile_source(source: str, arch: str, name: str) -> tuple[bytes, Resources]
     """
     check_arch(arch)
     try:
-        from cuda.core import Program, ProgramOptions
+        with _IMPORTING:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise BackendError(f"NVIDIA's Python packages are not installed here ({error})") from None
     from cuda.bindings.nvrtc import nvrtcResult  # noqa: F401  (fails here, not in the middle, where NVRTC is missing)

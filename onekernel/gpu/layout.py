@@ -43,6 +43,9 @@ class Layout:
     batch_groups: int = BATCH_GROUPS[0]
     layer_stages_in_flight: int = 2
     head_stages_in_flight: int = 4
+    poll_after: int = 800  # clocks between a block's part of an exchange and its first look for the others'
+    poll_after_publishing: int = 500  # the same for the warps that published it
+    producer_doze: int = 0  # nanoseconds between two looks for a free stage
     timeline: bool = False  # the kernel records when each block passes each phase
     dead_block: int = -1  # for tests of the watchdog: this block falls silent at layer `dead_layer`
     dead_layer: int = 0
@@ -115,6 +118,9 @@ class Layout:
             "COPIES_IN_FLIGHT": min(3, self.ring_stages - 2),  # see ring.cuh
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
+            "POLL_AFTER": self.poll_after,
+            "POLL_AFTER_PUBLISHING": self.poll_after_publishing,
+            "PRODUCER_DOZE": self.producer_doze,
             "ACTIVATION_COLUMNS": activation_columns(s),
             "RESIDUAL_ROWS": residual_rows(s, self.blocks),
             "BLOCKS": self.blocks,
@@ -132,9 +138,9 @@ class Layout:
     def channel_words(self) -> int:
         """32-bit words of one buffer of the vectors that blocks exchange (`Channels` in state.cuh)."""
         s = self.shape
-        packed = 2 * s.hidden + s.intermediate + s.query_dim  # two columns a word, in two copies
+        twice = 2 * s.hidden + max(s.value_dim * 3 // 2, s.query_dim) + s.intermediate
         once = max(projected_linear(s), projected_full(s)), s.heads * self.splits * (s.head_dim + 4)
-        return packed + 3 * s.value_dim + sum(-(-words // 8) * 8 for words in once)
+        return 2 * twice + sum(-(-words // 8) * 8 for words in once)
 
 
 def projected_linear(shape: Shape) -> int:

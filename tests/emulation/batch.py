@@ -90,14 +90,13 @@ class HostModel:
         splits = most_splits(max(row.position for row in rows) + steps - 1)
         scratch = {name: aligned(nbytes, 0xFF) for name, nbytes in layout.scratch(splits).items()}
         table = (BatchRow * len(rows))(*(self._entry(row, steps) for row in rows))
-        words, host = np.zeros(2 + self.layout.blocks, np.uint32), np.zeros(2, np.uint64)
+        words, host = np.zeros(2, np.uint32), np.zeros(2, np.uint64)
         output = np.zeros((steps, len(rows)), np.uint64)
         arguments = BatchArguments(
             **{name: array.ctypes.data for name, array in (self.arrays | scratch).items()},
             row_table=ctypes.addressof(table),
             barrier=words.ctypes.data,
             stop=words.ctypes.data + 4,
-            meetings=words.ctypes.data + 8,
             output=output.ctypes.data,
             report=host.ctypes.data,
             cancel=host.ctypes.data + 8,

@@ -85,6 +85,7 @@ static inline float my_logf(float x) { return logf(x); }
 #define __logf my_logf
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
+static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 static inline int __ffs(int v) { return __builtin_ffs(v); }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 static inline unsigned long long __double2ull_rz(double d) { return (unsigned long long)d; }

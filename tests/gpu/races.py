@@ -66,8 +66,8 @@ def races(output: str, listing: str) -> list[Race]:
 
 
 def _place(functions: dict[int, tuple[str, ...]], name: str, address: str) -> tuple[str, ...]:
-    """The functions of an access: from the listing, or else the one that the tool itself names."""
-    if stack := functions.get(int(address, 16)):
+    """The functions of an access: from the listing of the decode kernel, or else the one that the tool itself names."""
+    if name == "decode" and (stack := functions.get(int(address, 16))):
         return stack
     return (match[1],) if (match := NAME.search(name)) else ("unknown",)
 

@@ -57,14 +57,14 @@ class Recorder:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--soak-tokens", type=int, default=1_000_000, help="tokens of the soak (default 1,000,000)")
+    parser.add_argument("--soak-tokens", type=int, default=1_000_000, help="tokens of each soak (default 1,000,000)")
     parser.add_argument("--sanitizer", action="store_true", help="run compute-sanitizer's four tools, too")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the GPU")
     parser.add_argument("--output", type=Path, help="file of the report (default benchmarks/gpu/<gpu>.json)")
     arguments, rest = parser.parse_known_args()
 
     gpu = find_gpu()
-    os.environ["ONEKERNEL_SOAK_TOKENS"] = str(arguments.soak_tokens)
+    os.environ["ONEKERNEL_SOAK_TOKENS"] = os.environ["ONEKERNEL_BATCH_SOAK"] = str(arguments.soak_tokens)
     recorder = Recorder()
     digest = source.digest()
     # Other versions of PyTorch and Transformers may warn of other things.

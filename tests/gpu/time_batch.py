@@ -2,8 +2,8 @@
 
     python tests/gpu/time_batch.py [output.json]
 
-Each sequence has a prompt of 128 tokens; tok/s are those of the 256 tokens that follow, wall time of the launches, host
-included. With `phases`, the microseconds of each phase of the last step, all layers.
+Each sequence has a prompt of 128 tokens (of 8 different ones); tok/s are those of the 256 tokens that follow, wall time
+of the launches, host included. With `phases`, the microseconds of each phase of the last step, all layers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from onekernel.gpu.batch_decoder import BatchDecoder  # noqa: E402
 from onekernel.gpu.decoder import Decoder, State  # noqa: E402
 from onekernel.gpu.device import find_gpu  # noqa: E402
 from onekernel.gpu.layout import Layout  # noqa: E402
-from onekernel.gpu.prefill_layout import PrefillLayout  # noqa: E402
-from onekernel.gpu.prefiller import Prefiller  # noqa: E402
 from onekernel.sampling.params import SamplingParams  # noqa: E402
 from onekernel.sampling.sampler import Sampler  # noqa: E402
 
 PROMPT, MADE, STEPS = 128, 256, 64
+PROMPTS = 8
 BATCHES = tuple(map(int, os.environ.get("BATCHES", "1,8,32,64,256").split(",")))
 LINEAR_PHASES = ("in_proj", "delta", "out_proj", "gate_up", "down")
 FULL_PHASES = ("qkv", "attend", "merge", "o_proj", "gate_up", "down")
@@ -56,11 +55,17 @@ def phase_names(shape: Shape) -> list[str]:
     return ["embed", *itertools.chain(*layers), "head"]
 
 
-def new_rows(prefiller: Prefiller, count: int, params: SamplingParams) -> list[Row]:
-    shape, rows = prefiller.shape, []
+def new_rows(decoder: Decoder, count: int, params: SamplingParams) -> list[Row]:
+    """Rows behind PROMPTS different prompts: the others are copies."""
+    rows: list[Row] = []
     for i in range(count):
-        tokens, state = random_tokens(shape, PROMPT, seed=i), prefiller.decoder.new_state()
-        prefiller.prefill(state, tokens[:-1])
+        tokens = random_tokens(decoder.shape, PROMPT, seed=i % PROMPTS)
+        if i < PROMPTS:
+            state = decoder.new_state()
+            decoder.consume(state, tokens[:-1])
+        else:
+            state = decoder.restore(decoder.snapshot(rows[i % PROMPTS].state))
+        decoder.reserve(state, PROMPT + MADE + 2 * STEPS)
         rows.append(Row(state, tokens[-1:], Sampler(params, VOCABULARY_SIZE, tokens)))
     return rows
 
@@ -71,15 +76,15 @@ def advance(batch: BatchDecoder, rows: list[Row], steps: int, timed: bool = Fals
             rows[place].tokens = [token.id]
 
 
-def measure(batch: BatchDecoder, prefiller: Prefiller, count: int, params: SamplingParams) -> dict[str, Any]:
-    rows = new_rows(prefiller, count, params)
+def measure(batch: BatchDecoder, count: int, params: SamplingParams) -> dict[str, Any]:
+    rows = new_rows(batch.decoder, count, params)
     advance(batch, rows, 2)
     start = time.perf_counter()
     for _ in range(MADE // STEPS):
         advance(batch, rows, STEPS)
     wall = time.perf_counter() - start
     advance(batch, rows, 4, timed=True)
-    names = phase_names(prefiller.shape)
+    names = phase_names(batch.decoder.shape)
     ends = batch.times.read(np.uint64, 1 + len(names)).astype(np.int64)
     phases: dict[str, float] = {}
     for name, duration in zip(names, np.diff(ends).tolist(), strict=True):
@@ -93,18 +98,13 @@ def measure(batch: BatchDecoder, prefiller: Prefiller, count: int, params: Sampl
 def main() -> int:
     gpu, shape = find_gpu(), SIZES["0.8b"]
     layout = Layout.plan(shape, VOCABULARY_SIZE, gpu.sm_count, gpu.shared_memory)
-    plan = PrefillLayout.plan(layout, gpu.sm_count, gpu.shared_memory)
-    assert plan is not None
     decoder = Decoder(gpu, layout, random_weights(shape))
-    prefiller = Prefiller(decoder, plan)
     batch = BatchDecoder(decoder, max(BATCHES))
     report: dict[str, Any] = {"gpu": gpu.name, "cases": []}
     greedy = SamplingParams()
     drawn = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, seed=1)
     for count, params in [*((n, greedy) for n in BATCHES), *((n, drawn) for n in BATCHES[1:4])]:
-        case = measure(batch, prefiller, count, params) | {
-            "sampling": "greedy" if params.greedy else "top_k 50, top_p 0.95"
-        }
+        case = measure(batch, count, params) | {"sampling": "greedy" if params.greedy else "top_k 50, top_p 0.95"}
         report["cases"].append(case)
         print(case, file=sys.stderr, flush=True)
     text = json.dumps(report, indent=1)

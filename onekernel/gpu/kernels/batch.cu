@@ -32,10 +32,12 @@ struct Shared {
     Cut cuts[BATCH_COLUMNS];
     Candidate best[BATCH_COLUMNS];
     float residual[RESIDUAL_ROWS][BATCH_COLUMNS];
+    float4 taps[LINEAR_ROWS];
     float inverse[BATCH_COLUMNS], squares[RESIDUAL_PAIRS][BATCH_COLUMNS];
-    float head_squares[2][CONSUMER_WARPS];
+    float head_squares[4][CONSUMER_WARPS];
     int first_item[BATCH_COLUMNS + 1];  // of attention, of each row in this step; then how many there are
     volatile u32 finished;
+    volatile int counted;  // in how many steps the items of attention
     u32 pending, passed;
 };
 static_assert(sizeof(Shared) <= SHARED_MEMORY, "BatchLayout.plan counts less shared memory than the kernel uses");
@@ -59,6 +61,8 @@ struct Producer {
     Shared* shared;
     Watchdog watchdog;
     bool finished;
+    const BatchArguments* windows;  // with in_proj's weights, of layer `layer` in a step of that parity; or null
+    int layer, parity;
 
     __device__ __forceinline__ void matrix(int rows, int columns, u32 in_flight) {
         int groups = (rows + 7) / 8;
@@ -85,7 +89,27 @@ struct Producer {
                     stage(from, in_flight, bytes, 1);
                     if (group + 1 < own) stage(from + columns * 16, in_flight, bytes, 1);
                     if (finished) return;
+                    if (WINDOWS_IN_RING && windows && at + TILES_PER_STAGE >= tiles && (group + 2 >= own || (group + 2) % WINDOW_GROUPS == 0))
+                        window_stage(group / WINDOW_GROUPS * WINDOW_GROUPS, own, groups, in_flight);
                 }
+    }
+
+    // The conv windows of the channels of row groups `first` and up of this block's `own` of `groups`.
+    __device__ __forceinline__ void window_stage(int first, int own, int groups, u32 in_flight) {
+        const Rows& rows = shared->rows;
+        int begin = 8 * (first_group(groups, blockIdx.x) + first), end = min(begin + 8 * min(WINDOW_GROUPS, own - first), CONV_DIM), lane = threadIdx.x % 32;
+        if (begin >= end) return;
+        await_slot(in_flight);
+        if (finished) return;
+        u32 bytes = (end - begin) * 16, count = 0;
+#pragma unroll 1
+        for (int n = lane; n - lane < windows->rows; n += 32) count += __popc(__ballot_sync(0xFFFFFFFFu, n < windows->rows && rows.streamed[parity][n]));
+        expect_pieces(ring, next, bytes * count);
+#pragma unroll 1
+        for (int n = lane; n < windows->rows; n += 32)
+            if (rows.streamed[parity][n]) fill_piece(ring, next, n * WINDOW_BYTES, (const u8*)(conv_window(rows.state[n], layer) + 4 * begin), bytes);
+        finish_pieces(ring, next);
+        next.advance();
     }
 
     // Streams this block's slices of the rows of the blocks that share, four groups at a time.
@@ -110,27 +134,76 @@ struct Producer {
             }
     }
 
-    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes, int pieces) {
-        if (finished) return;
-        while (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight)) {
-            if (__any_sync(0xFFFFFFFFu, shared->finished)) {
-                finished = true;
-                return;
+    // Streams the states of this block's items in one layer.
+    __device__ __forceinline__ void states(const BatchArguments& a, int layer, int parity) {
+        const Rows& rows = shared->rows;
+        int item = blockIdx.x;
+#pragma unroll 1
+        while ((item = next_item(a, rows, parity, item)) < a.rows * VALUE_HEADS) {
+            const u8* from = (const u8*)head_state(rows, layer, item);
+#pragma unroll 1
+            for (int s = 0; s < STATE_STAGES; ++s, from += STAGE_BYTES) {
+                state_stage(from, STAGE_BYTES);
+                if (finished) return;
             }
-            watchdog.check();
+            item += BLOCKS;
         }
-        watchdog.spins = 0;
+    }
+
+    // Streams the keys and values of this block's items in one layer of step `step`.
+    __device__ __forceinline__ void cache(const BatchArguments& a, int layer, int step) {
+        const Rows& rows = shared->rows;
+        while (!finished && shared->counted <= step) pause();
+        if (finished) return;
+        fence_async();
+        int items = shared->first_item[a.rows], i = item_begin(items, blockIdx.x), end_item = item_begin(items, blockIdx.x + 1);
+        if (i == end_item) return;
+        AttentionItem item(a, rows, shared->first_item, i);
+#pragma unroll 1
+        for (; i < end_item; ++i, item.advance()) {
+            const u16* keys = item.keys(layer);
+            long long distance = item.distance();
+            int end = item.end();
+#pragma unroll 1
+            for (int first = item.begin(); first < end; first += CHUNK_POSITIONS) {
+                u32 bytes = min(CHUNK_POSITIONS, end - first) * POSITION_BYTES;
+                state_stage((const u8*)(keys + (long long)first * HEAD_DIM), bytes);
+                state_stage((const u8*)(keys + distance + (long long)first * HEAD_DIM), bytes);
+                if (finished) return;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void state_stage(const u8* from, u32 bytes) {
+        await_slot(STATE_STAGES_IN_FLIGHT);
+        if (finished) return;
+        fill_state_stage(ring, next, from, bytes);
+        next.advance();
+    }
+
+    __device__ __forceinline__ void stage(const u8* from, u32 in_flight, u32 bytes, int pieces) {
+        await_slot(in_flight);
+        if (finished) return;
         if (SPLITS_PRODUCTS)
             fill_pieces(ring, next, from, bytes, pieces);
         else
             fill_stage(ring, next, from, bytes);
         next.advance();
     }
+
+    __device__ __forceinline__ void await_slot(u32 in_flight) {
+        while (!finished && (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight))) pause();
+        watchdog.spins = 0;
+    }
+    __device__ __forceinline__ void pause() {
+        finished = __any_sync(0xFFFFFFFFu, shared->finished);
+        watchdog.check();
+    }
 };
 
 __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared, Ring ring) {
     int block = min((int)blockIdx.x / SHARING * SHARING + (int)threadIdx.x % SHARING, BLOCKS - 1);
-    Producer p{ring, nullptr, block, {0, 0, 0}, &shared, ring_watchdog(a), false};
+    Producer p{ring, nullptr, block, {0, 0, 0}, &shared, ring_watchdog(a), false, nullptr, 0, 0};
 #pragma unroll 1
     for (int step = 0; step < a.steps && !p.finished; ++step) {
         p.source = a.tape + a.tape_offsets[block];
@@ -140,7 +213,10 @@ __device__ __forceinline__ void produce(const BatchArguments& a, Shared& shared,
             bool full = is_full(layer % LAYERS);
             int rows = which == 0 ? (full ? PROJECTED_FULL : PROJECTED_LINEAR) : which == 2 ? 2 * INTERMEDIATE : which == 4 ? VOCAB : HIDDEN;
             int columns = which == 1 ? (full ? QUERY_DIM : VALUE_DIM) : which == 3 ? INTERMEDIATE : HIDDEN;
+            p.windows = which == 0 && !full ? &a : nullptr, p.layer = layer % LAYERS, p.parity = step % 2;
             p.matrix(rows, columns, which == 4 ? HEAD_STAGES_IN_FLIGHT : LAYER_STAGES_IN_FLIGHT);
+            if (which == 0 && full) p.cache(a, layer, step);
+            if (which == 0 && !full) p.states(a, layer, step % 2);
         }
     }
     finish_filling(ring, p.next);
@@ -178,22 +254,23 @@ __device__ __forceinline__ void embed(const Consumer& c, const BatchArguments& a
             squares = fmaf(x[j], x[j], squares);
             x[j] *= load_constant(scale + 8 * group + j);
         }
-        *(uint4*)operand_place<HIDDEN>(a.input, n, 8 * group) = pack8(x);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) *(u32*)operand_place<HIDDEN>(a.input, n, 8 * group + j) = pack2(x[j], x[j + 1]);
     }
-    a.squares[n * BLOCKS + c.block] = squares;
+    a.squares[n * SQUARES_STRIDE + c.block] = squares;
 }
 
 constexpr int MOST_WIDTH = INTERMEDIATE > MIXED_COLUMNS ? INTERMEDIATE : MIXED_COLUMNS;
 
 // A product back to the residual stream.
-__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, int width, ResidualUpdate& update, u32& meetings) {
+__device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& a, Shared& shared, const u8* input, int width, ResidualUpdate& update, u32& product) {
     if constexpr (SPLITS_PRODUCTS)
-        gemm_split<MOST_WIDTH>(c, a, meetings, input, width, update);
+        gemm_split<MOST_WIDTH>(c, a, ++product, input, width, update);
     else
         gemm<ResidualPlace, HIDDEN, MOST_WIDTH>(c, (Sums*)shared.sums, input, width, update);
 }
 
-__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& meetings, int layer) {
+__device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& product, int layer, int parity) {
     Finish base{&c, &a, &shared.rows, shared.inverse};
     bool full = is_full(layer);
     c.enter(PHASE_INPUT, layer);
@@ -208,16 +285,11 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         merge_rows(c, a, shared.rows);
         barrier.arrive(c);
     } else {
-        LinearProjection finish{{base}, linear_layer(a, layer), layer};
+        LinearProjection finish{{base}, linear_layer(a, layer), layer, shared.taps};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
-        HeadState state = {};  // these do not depend on this step: on their way across the barrier
-        NextState next = {};
-        barrier.arrive(c);
-        load_state(c, a, shared.rows, layer, c.block, state);
-        load_state(c, a, shared.rows, layer, c.block + BLOCKS, next);
-        barrier.wait(c);
+        barrier.meet(c);
         c.enter(PHASE_DELTA_RULE, layer);
-        delta_rules(c, a, shared.rows, barrier, layer, state, next, shared.head_squares);
+        delta_rules(c, a, shared.rows, barrier, layer, parity, shared.head_squares);
     }
     // The mixer's projection, then the MLP's two: one piece of code for what is alike.
     const float* norm = layer_parameters(a.parameters, layer) + HIDDEN;
@@ -229,7 +301,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         c.enter(PHASE_INPUT, layer);
         if (input == a.activated) prefetch_windows(c, a, shared.rows, layer + 1);
         ResidualUpdate update{base, norm, shared.residual, shared.squares};
-        project_back(c, a, shared, input, width, update, meetings);
+        project_back(c, a, shared, input, width, update, product);
         barrier.meet(c);
         if (input == a.activated) break;
         Activation activation{{base}};
@@ -363,7 +435,9 @@ __device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments&
         shared.rows.token[n] = token;
         ++shared.rows.position[n];
         if (last) shared.rows.kind[n] = ROW_IDLE;
-        alive = !last;
+        shared.rows.streamed[step % 2][n] = alive = !last;
+    } else if (n < a.rows) {
+        shared.rows.streamed[step % 2][n] = false;
     }
     return any_thread(c, shared, alive) && !stop;
 }
@@ -371,46 +445,61 @@ __device__ __forceinline__ bool choose_tokens(Consumer& c, const BatchArguments&
 __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared, Ring ring) {
     Consumer c{ring, {0, 0, 0}, 0, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.locate();
-    if (c.thread < BATCH_COLUMNS) {
-        shared.rows.kind[c.thread] = ROW_IDLE;
-        if (c.thread < a.rows) {
-            const BatchRow& r = a.row_table[c.thread];
-            shared.rows.state[c.thread] = r.state;
-            shared.rows.max_context[c.thread] = r.max_context;
-            shared.rows.token[c.thread] = r.token;
-            shared.rows.position[c.thread] = r.position;
-            shared.rows.made[c.thread] = 0;
-            shared.rows.kind[c.thread] = r.sampling.active ? ROW_SAMPLED : ROW_PLAIN;
-        }
-    }
-    consumer_barrier();
-    u32 passes = 0, meetings = 0;
+    u32 passes = 0, product = a.first_product;
     GridBarrier barrier{a, 0, &shared.passed};
 #pragma unroll 1
     for (int step = 0; step < a.steps; ++step) {
         if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
         prefetch_windows(c, a, shared.rows, 0);
-        if (c.warp == 0) count_items(c, a, shared.rows, shared.first_item);
+        if (c.warp == 0) {
+            count_items(c, a, shared.rows, shared.first_item);
+            __threadfence_block();
+            __syncwarp();
+            if (c.lane == 0) shared.counted = step + 1;
+        }
         barrier.meet(c);
+        u32 cancel = 0;
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; ++layer) {
+            if (layer == LAYERS - 1 && c.block == 0 && c.thread == 0) cancel = load_host(a.cancel);  // it takes microseconds
             if (DEAD_BLOCK >= 0 && c.block == DEAD_BLOCK && layer == DEAD_LAYER) {  // a planted failure, see layout.py
                 if (c.thread == 0) shared.finished = 1;
                 return;
             }
-            step_layer(c, a, shared, barrier, meetings, layer);
+            step_layer(c, a, shared, barrier, product, layer, step % 2);
         }
+        fence_async();  // the next step's states are fetched by bulk copies
         c.enter(PHASE_TOKEN, LAYERS);
-        if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, load_host(a.cancel));
+        if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, cancel);
         TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
         gemm_normed<VOCAB>(c, (Sums*)shared.sums, a.input, finish);
+        consumer_barrier();
+#pragma unroll 1
+        for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS)
+            if (shared.rows.kind[n] == ROW_SAMPLED) score_logits(c, a, n);
         if (a.logprobs) publish_all_logprobs(c, a, shared);
         barrier.meet(c);
         if (!choose_tokens(c, a, shared, barrier, step, passes)) break;
     }
     consumer_barrier();
     if (c.thread == 0) shared.finished = 1;
+}
+
+// By all threads of the block, ahead of its first barrier.
+__device__ __forceinline__ void begin_rows(const BatchArguments& a, Rows& rows) {
+    int n = threadIdx.x;
+    if (n >= BATCH_COLUMNS) return;
+    rows.kind[n] = ROW_IDLE;
+    rows.streamed[0][n] = rows.streamed[1][n] = n < a.rows;
+    if (n >= a.rows) return;
+    const BatchRow& r = a.row_table[n];
+    rows.state[n] = r.state;
+    rows.max_context[n] = r.max_context;
+    rows.token[n] = r.token;
+    rows.position[n] = r.position;
+    rows.made[n] = 0;
+    rows.kind[n] = r.sampling.active ? ROW_SAMPLED : ROW_PLAIN;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_constant__ BatchArguments a) {
@@ -421,7 +510,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_cons
         ring_init(ring);
         for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
         shared.landed = shared.total = shared.finished = 0;
+        shared.counted = 0;
     }
+    begin_rows(a, shared.rows);
     __syncthreads();
     if (threadIdx.x / 32 >= CONSUMER_WARPS) {
         give_registers();

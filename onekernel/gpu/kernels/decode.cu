@@ -70,6 +70,7 @@ struct Producer {
                 finished = true;
                 return;
             }
+            if (PRODUCER_DOZE) doze(PRODUCER_DOZE);
             watchdog.check();
         }
         watchdog.spins = 0;
@@ -151,7 +152,8 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
         if (step < a.given) token = a.tokens[step];
         int position = a.position + step;
         const float2* rope = a.rope + (long long)position * (ROTARY_DIM / 2);
-        u32 flags = c.block == 0 && c.thread == 0 && load_host(a.cancel) != 0 ? STOP_REQUESTED : 0;
+        u32 cancel = 0;  // asked for here and used at the end: it comes from the host
+        if (c.block == 0 && c.thread == 0) cancel = load_host(a.cancel);
 
         c.enter(PHASE_INPUT, 0);
         c.timeline.start_token(a.timeline, c.block);
@@ -162,13 +164,13 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
                 if (c.thread == 0) shared.finished = 1;
                 return;
             }
-            Channels channels = channels_of(a.exchange, step, layer);
-            u32 tag = channels.tag;
+            u32 tag = tag_of(step * LAYERS + layer);
+            Channels channels = channels_of(a.exchange, layer);
             const float* parameters = layer_parameters(a.parameters, layer);
             int full = full_layers_before(layer);
             u8* state = a.state;
             c.enter(PHASE_INPUT, layer);
-            ResidualFinish after_mixer{&c, shared.residual, channels.after_mixer, channels.epoch};
+            ResidualFinish after_mixer{&c, shared.residual, channels.after_mixer, tag};
             if (is_full(layer)) {
                 FullLayer weights;
                 weights.q_norm = parameters + 2 * HIDDEN;
@@ -192,23 +194,24 @@ __device__ __forceinline__ void consume(const DecodeArguments& a, Shared& shared
             // the more of them stay in the cache.
             if (QUERY_DIM == VALUE_DIM) gemv<HIDDEN, VALUE_DIM>(c, 0, after_mixer);
             c.enter(PHASE_INPUT, layer);
-            squares = receive_activations<HIDDEN>(c, channels.after_mixer, channels.epoch, parameters + HIDDEN);
-            ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, channels.epoch};
-            mlp(c, channels, squares, after_mlp);
+            squares = receive_activations<HIDDEN>(c, channels.after_mixer, tag, parameters + HIDDEN);
+            ResidualFinish after_mlp{&c, shared.residual, channels.after_mlp, tag};
+            mlp(c, channels, squares, tag, after_mlp);
             // The input of the next layer, or of the LM head.
             const float* next_norm = layer_parameters(a.parameters, layer + 1);
-            squares = receive_activations<HIDDEN>(c, channels.after_mlp, channels.epoch, next_norm);
+            squares = receive_activations<HIDDEN>(c, channels.after_mlp, tag, next_norm);
         }
 
         c.enter(PHASE_TOKEN, LAYERS);
         c.mark(MARK_HEAD);
+        if (c.thread == 0) fence_gpu();  // what this block wrote for later tokens (KV cache) comes before its candidate
         u32 tag = tag_of(step);
         bool sample = step >= a.given - 1 + a.no_head;
         HeadFinish finish{&c, nullptr, &a.sampling, sample && a.sampling.active, {0, 0xFFFFFu}};
         if (a.logits) finish.logits = a.logits + (a.all_logits ? (long long)step * VOCAB : 0);
         if (a.all_logits || sample) gemv<VOCAB, HIDDEN>(c, squares, finish);
         // Prompt tokens pass here too: what a block wrote for later tokens becomes visible to the others.
-        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, flags, tag);
+        Choice choice = choose(c, a, finish.sampled, finish.best, shared.sampling, shared.best, &shared.passes, step, cancel ? STOP_REQUESTED : 0, tag);
         c.mark(MARK_TOKEN);
         token = (int)choice.token;  // of no meaning after a given token that another follows
         if (sample) {

@@ -122,7 +122,7 @@ __device__ __forceinline__ void ask(const PrefillArguments& a, const u8* memory,
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
         const int layer = (phase - 1) / PHASES_A_LAYER, part = (phase - 1) % PHASES_A_LAYER;
         if (is_product(phase)) {
-            __syncthreads();
+            block_sync();
             fence_async();
             if (thread_index() == WORKERS) ask_for_tokens(ring, memory, step);
             __syncwarp();

@@ -42,61 +42,51 @@ constexpr int PAIRS_PER_HEAD = VALUE_HEAD_DIM / 2;
 constexpr int MIXED_HEAD = VALUE_HEAD_DIM + PAIRS_PER_HEAD;
 constexpr int MIXED_LINEAR = VALUE_HEADS * MIXED_HEAD;
 
-// The vectors that blocks exchange; each has two buffers, used by one layer after the other in turn.
+// The vectors that blocks exchange; each has two buffers, used by even and odd layers in turn.
 struct Channels {
-    u32* after_mixer;  // packed [COPIES, HIDDEN]: the residual stream
-    u32* after_mlp;    // packed [COPIES, HIDDEN]
-    u32* activated;    // packed [COPIES, INTERMEDIATE]
-    u32* attended;     // packed [COPIES, QUERY_DIM]: the output of attention
+    u32* after_mixer;  // [COPIES, HIDDEN]: the residual stream
+    u32* after_mlp;    // [COPIES, HIDDEN]
     u32* projected;    // [PROJECTED]: outputs of in_proj or of q, k, v
-    u32* mixed;        // [COPIES, VALUE_HEADS, MIXED_HEAD]: the output of the delta rule
+    u32* mixed;        // [COPIES, VALUE_HEADS, MIXED_HEAD]: the delta rule's output; or [COPIES, QUERY_DIM]: attention's
     u32* partial;      // [HEADS, MAX_SPLITS, HEAD_DIM + 4]: attention over a part of the context
-    u32 tag, epoch, attended_epoch;  // of this use
+    u32* activated;    // [COPIES, INTERMEDIATE]
 };
 
 __device__ constexpr int round8(int n) { return (n + 7) / 8 * 8; }  // eight words are a sector
 constexpr int PROJECTED_WORDS = round8(PROJECTED_LINEAR > PROJECTED_FULL ? PROJECTED_LINEAR : PROJECTED_FULL);
+constexpr int MIXED_WORDS = MIXED_LINEAR > QUERY_DIM ? MIXED_LINEAR : QUERY_DIM;
 constexpr int PARTIAL_WORDS = round8(HEADS * MAX_SPLITS * (HEAD_DIM + 4));
-constexpr int PACKED_WORDS = COPIES * (2 * HIDDEN + INTERMEDIATE) / 2;  // of those that every layer uses
-constexpr int CHANNEL_WORDS = PACKED_WORDS + PROJECTED_WORDS + COPIES * MIXED_LINEAR + PARTIAL_WORDS + COPIES * QUERY_DIM / 2;
+constexpr int CHANNEL_WORDS = COPIES * (2 * HIDDEN + MIXED_WORDS + INTERMEDIATE) + PROJECTED_WORDS + PARTIAL_WORDS;
 
-constexpr int FULL_LAYERS = LAYERS - LINEAR_LAYERS;
-
-// The channels of layer `layer` of the launch's token `step`.
-__device__ __forceinline__ Channels channels_of(u32* exchange, u32 step, int layer) {
-    u32 use = step * LAYERS + layer;
-    u32* at = exchange + (use & 1) * CHANNEL_WORDS;
+__device__ __forceinline__ Channels channels_of(u32* exchange, int layer) {
+    u32* at = exchange + (layer & 1) * CHANNEL_WORDS;
     Channels channels;
-    channels.after_mixer = at, at += COPIES * HIDDEN / 2;
-    channels.after_mlp = at, at += COPIES * HIDDEN / 2;
-    channels.activated = at, at += COPIES * INTERMEDIATE / 2;
+    channels.after_mixer = at, at += COPIES * HIDDEN;
+    channels.after_mlp = at, at += COPIES * HIDDEN;
     channels.projected = at, at += PROJECTED_WORDS;
-    channels.mixed = at, at += COPIES * MIXED_LINEAR;
+    channels.mixed = at, at += COPIES * MIXED_WORDS;
     channels.partial = at, at += PARTIAL_WORDS;
-    channels.attended = exchange + (at - exchange) % CHANNEL_WORDS;  // one buffer: its layers may all be odd
-    channels.tag = tag_of(use);
-    channels.epoch = epoch_of(use / 2);
-    channels.attended_epoch = epoch_of(step * FULL_LAYERS + full_layers_before(layer));
+    channels.activated = at;
     return channels;
 }
 
 // Adds a projection's rows to the residual stream. A block owns the same rows of it in every layer and keeps them in
-// float32 in shared memory; the others get packed words.
+// float32 in shared memory; the others get the words.
 struct ResidualFinish {
     const Consumer* consumer;
     float* residual;  // shared: rows first_group(HIDDEN / 8, block) * 8 and up
     u32* channel;
-    u32 epoch;
+    u32 tag;
+
+    static constexpr bool EXCHANGED = true;
 
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
         int thread = consumer->thread;
-        if (thread / 32 * 32 >= groups * 8) return;
-        bool valid = thread < groups * 8;
+        if (thread >= groups * 8) return;
         int row = group * 8 + thread, own = row - 8 * first_group(HIDDEN / 8, consumer->block);
-        float value = 0;
-        if (valid) value = residual[own] += sum(thread);
-        publish_packed<HIDDEN>(channel, row, value, valid, epoch);
+        residual[own] += sum(thread);
+        publish_to_all<HIDDEN>(channel, row, residual[own], tag);
     }
 };

@@ -4,16 +4,41 @@
 
 #include "batch/gemm.cuh"
 
-// 1 / rms of each row's residual stream, from the sums of squares that the blocks left. Ready behind the next barrier.
-__device__ __forceinline__ void find_inverse_rms(const Consumer& c, const BatchArguments& a, float* inverse) {
-#pragma unroll 1
-    for (int n = c.warp; n < a.rows; n += CONSUMER_WARPS) {
-        float total = 0;
-#pragma unroll 4
-        for (int block = c.lane; block < BLOCKS; block += 32) total += load_l2_float(a.squares + n * BLOCKS + block);
-        total = warp_sum(total);
-        if (c.lane == 0) inverse[n] = rsqrtf(total / HIDDEN + NORM_EPS);
+// 1 / rms of each row's residual stream in a pass, from the sums of squares that the blocks left. Ready behind the next
+// barrier. Four blocks' make a word, every eighth word a part, and eight parts the sum: the same order whether 8 or 4
+// threads take a row. All loads are on their way at once.
+__device__ __forceinline__ void find_inverse_rms(const Consumer& c, const BatchArguments& a, float* inverse, int pass) {
+    constexpr int PARTS = 8, TOGETHER = PASS_COLUMNS <= 32 ? PARTS : 4;  // threads a row
+    constexpr int WORDS = SQUARES_STRIDE / 4, EACH = (WORDS + PARTS - 1) / PARTS;
+    static_assert(TOGETHER * PASS_COLUMNS <= CONSUMER_WARPS * 32, "a thread has one row");
+    int own = c.thread / TOGETHER, n = pass * PASS_COLUMNS + own, part = c.thread % TOGETHER;
+    bool wanted = own < PASS_COLUMNS && n < a.rows;
+    const float* row = a.squares + (wanted ? n : 0) * SQUARES_STRIDE;
+    float4 v[PARTS / TOGETHER][EACH];
+#pragma unroll
+    for (int p = 0; p < PARTS / TOGETHER; ++p)
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            int word = part + p * TOGETHER + i * PARTS;
+            v[p][i] = make_float4(0, 0, 0, 0);
+            load_l2_if(v[p][i], row + 4 * word, wanted && word < WORDS);
+            if (BLOCKS % 4 && word == WORDS - 1) {
+                v[p][i].w = 0;
+                if (BLOCKS % 4 < 3) v[p][i].z = 0;
+                if (BLOCKS % 4 < 2) v[p][i].y = 0;
+            }
+        }
+    float total = 0;
+#pragma unroll
+    for (int p = 0; p < PARTS / TOGETHER; ++p) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sum += (v[p][i].x + v[p][i].y) + (v[p][i].z + v[p][i].w);
+        total = p ? total + sum : sum;
     }
+#pragma unroll
+    for (int offset = TOGETHER / 2; offset; offset /= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, offset);
+    if (wanted && part == 0) inverse[n] = rsqrtf(total / HIDDEN + NORM_EPS);
 }
 
 struct Finish {
@@ -25,39 +50,57 @@ struct Finish {
     __device__ __forceinline__ void begin(int) {}
     __device__ __forceinline__ void prepare(int, int, int, int) {}
     __device__ __forceinline__ void end(int) {}
+    // Takes the stage of windows behind the weights of rows `first` and up, if there is one.
+    __device__ __forceinline__ bool take_windows(Consumer&, int) { return false; }
 };
 
 // Of a product whose input is the residual stream, times the weights of the norm and in 16 bits.
 struct NormedFinish : Finish {
     __device__ __forceinline__ void begin(int pass) {
-        if (pass == 0) find_inverse_rms(*consumer, *arguments, inverse);
+        find_inverse_rms(*consumer, *arguments, inverse, pass);
     }
 };
+
+constexpr int LINEAR_ROWS = 8 * (((PROJECTED_LINEAR + 7) / 8 + BLOCKS - 1) / BLOCKS);  // of a block
 
 // in_proj: q, k, v pass the causal convolution (this thread alone has the channel's window) and SiLU; z becomes gate =
 // norm weight * silu(z); b becomes beta; a becomes the log of the decay.
 struct LinearProjection : NormedFinish {
     LinearLayer layer;
-    int index;  // of the layer
-    float4 taps[NormedPlace::UNITS][NormedPlace::ROWS], window[NormedPlace::UNITS][NormedPlace::ELEMENTS];
+    int index;     // of the layer
+    float4* taps;  // shared [LINEAR_ROWS]: of this block's rows what they need of the parameters
+    float4 window[NormedPlace::UNITS][NormedPlace::ELEMENTS];  // where they do not come through the ring
+    const u8* stage;    // where they do; of rows stage_first and up
+    int stage_first;
 
-    __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
-#pragma unroll
-        for (int i = 0; i < NormedPlace::ROWS; ++i) {
-            int local = NormedPlace::row(*consumer, i), row = first + local;
-            float4& t = taps[unit][i];
-            if (local >= count) continue;
+    __device__ __forceinline__ bool take_windows(Consumer& c, int first) {
+        if (!WINDOWS_IN_RING || first >= CONV_DIM) return false;
+        if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+        stage = c.ring.slots + c.next.slot * STAGE_BYTES, stage_first = first;
+        c.next.advance();
+        return true;
+    }
+    __device__ __forceinline__ void begin(int pass) {
+        NormedFinish::begin(pass);
+        if (pass) return;
+        constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
+        int first = 8 * first_group(GROUPS, consumer->block), end = min(8 * first_group(GROUPS, consumer->block + 1), PROJECTED_LINEAR);
+#pragma unroll 1
+        for (int row = first + consumer->thread; row < end; row += CONSUMER_WARPS * 32) {
+            float4 t = make_float4(0, 0, 0, 0);
             if (row < CONV_DIM) {
                 t = load_constant4(layer.conv_weight + 4 * row);
             } else if (row < CONV_DIM + VALUE_DIM) {
                 t.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
-            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS && row < PROJECTED_LINEAR) {
-                int head = row - (PROJECTED_LINEAR - VALUE_HEADS);
-                t.x = load_constant(layer.dt_bias + head);
-                t.y = load_constant(layer.negative_decay_rate + head);
+            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS) {
+                t.x = load_constant(layer.dt_bias + row - (PROJECTED_LINEAR - VALUE_HEADS));
+                t.y = load_constant(layer.negative_decay_rate + row - (PROJECTED_LINEAR - VALUE_HEADS));
             }
+            taps[row - first] = t;
         }
-        if (first >= CONV_DIM) return;
+    }
+    __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
+        if (WINDOWS_IN_RING || first >= CONV_DIM) return;
         each_element<NormedPlace>(*consumer, [&](int i, int row, int column) {
             int n = pass * PASS_COLUMNS + column;
             bool wanted = row < count && first + row < CONV_DIM && n < arguments->rows && rows->kind[n];
@@ -66,15 +109,16 @@ struct LinearProjection : NormedFinish {
     }
     template <class Sum>
     __device__ __forceinline__ void operator()(int unit, int pass, int first, int count, Sum sum) {
+        int own_first = 8 * first_group((PROJECTED_LINEAR + 7) / 8, consumer->block);
         each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
             int n = pass * PASS_COLUMNS + column, row = first + local;
             if (local >= count || row >= PROJECTED_LINEAR || n >= arguments->rows || !rows->kind[n]) return;
             float y = __fmul_rn(sum(i), inverse[n]);
-            float4 t = taps[unit][i % NormedPlace::ROWS];
+            float4 t = taps[row - own_first];
             bool is_decay = row >= CONV_DIM + VALUE_DIM + VALUE_HEADS;
             if (row < CONV_DIM) {
-                float4 w = window[unit][i];
-                *(float4*)(conv_window(rows->state[n], index) + 4 * row) = make_float4(w.y, w.z, w.w, y);
+                float4 w = WINDOWS_IN_RING ? *(const float4*)(stage + n * WINDOW_BYTES + (row - stage_first) * 16) : window[unit][i];
+                store4_if(conv_window(rows->state[n], index) + 4 * row, make_float4(w.y, w.z, w.w, y), true);
                 y = fmaf(t.w, y, fmaf(t.z, w.w, fmaf(t.y, w.z, t.x * w.y)));
             }
             if (!is_decay) {
@@ -89,11 +133,13 @@ struct LinearProjection : NormedFinish {
     }
 };
 
-// Asks for the conv windows that this block's LinearProjection will want: they are in memory, and a product is short.
+// Asks for the conv windows (and weights) that this block's LinearProjection will want: they are in memory, and a product is short.
 __device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
     constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
     if (layer >= LAYERS || is_full(layer)) return;
     int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
+    if (c.thread < lines) prefetch_l2(linear_layer(a, layer).conv_weight + 4 * (first + 8 * c.thread));
+    if (WINDOWS_IN_RING) return;
 #pragma unroll 1
     for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
         if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));
@@ -136,7 +182,7 @@ struct ResidualUpdate : Finish {
             for (int offset = 1; offset < 16; offset *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
             if (local) return;
             if (RESIDUAL_PAIRS == 1)
-                arguments->squares[n * BLOCKS + consumer->block] = x;
+                arguments->squares[n * SQUARES_STRIDE + consumer->block] = x;
             else
                 squares[own / 16][n] = x;
         });
@@ -149,7 +195,7 @@ struct ResidualUpdate : Finish {
         float sum = 0;
 #pragma unroll 1
         for (int i = 0; i < (groups + 1) / 2; ++i) sum += squares[i][n];
-        arguments->squares[n * BLOCKS + consumer->block] = sum;
+        arguments->squares[n * SQUARES_STRIDE + consumer->block] = sum;
     }
 };
 
@@ -165,7 +211,7 @@ struct Activation : NormedFinish {
     }
 };
 
-// The LM head: this thread's best token for each of its rows of the batch, and the scores of rows that are sampled.
+// The LM head: this thread's best token for each of its rows of the batch; the logits of rows that are sampled are kept.
 struct TokenScores : NormedFinish {
     Candidate best[NormedPlace::COLUMNS];
 
@@ -177,16 +223,15 @@ struct TokenScores : NormedFinish {
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
         each_element<NormedPlace>(*consumer, [&](int i, int local, int column) {
-            int n = pass * PASS_COLUMNS + column, row = first + local;
+            int n = hidden(pass * PASS_COLUMNS + column), row = first + local;
             float logit = __fmul_rn(sum(i), inverse[n]);
-            u32 key = ordered(logit);
             if (local >= count || row >= VOCAB) return;
             if (rows->kind[n] == ROW_SAMPLED) {
                 const BatchRow& r = arguments->row_table[n];
                 if (r.logits) r.logits[row] = logit;
-                if (row < VOCABULARY_SIZE) key = score_row(r.sampling, logit, row);
+                r.sampling.scores[row] = logit;
             }
-            if (row < VOCABULARY_SIZE) best[i / NormedPlace::ROWS].offer(key, row);
+            if (row < VOCABULARY_SIZE) best[i / NormedPlace::ROWS].offer(ordered(logit), row);
         });
     }
     __device__ __forceinline__ void end(int pass) {

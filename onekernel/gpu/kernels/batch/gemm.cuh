@@ -10,22 +10,32 @@
 
 constexpr int MOST_OPERANDS = 32;  // tiles of the input that a warp keeps in registers
 
-// The sum of the slices, in the one order in which all forms of a product add them.
+// The sum of the slices, in the one order in which all forms of a product add them: pairs, their pairs, and those two.
 template <class Slice>
 __device__ __forceinline__ float sum_of_slices(Slice slice) {
-    float low = slice(0), high = slice(CONSUMER_WARPS / 2);
+    float pairs[CONSUMER_WARPS / 2];
 #pragma unroll
-    for (int i = 1; i < CONSUMER_WARPS / 2; ++i) low += slice(i), high += slice(CONSUMER_WARPS / 2 + i);
-    return low + high;
+    for (int i = 0; i < CONSUMER_WARPS / 2; ++i) pairs[i] = slice(2 * i) + slice(2 * i + 1);
+    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
 // 16 rows of the batch (or 8 and nothing) as the 16 rows of tensor-core products with a tile of 32 columns of weights, the
-// two halves of its columns apart. So what is loaded stands in registers as the instruction wants it: the input is put in
-// order once for all rows of weights, and these come straight from the ring.
+// two halves of its columns apart (see operand_place). What is loaded stands in registers as the instruction wants it.
 using SixteenColumns = u32[2][4];
-__device__ __forceinline__ void put_columns(SixteenColumns& x, uint4 low, uint4 high) {
-    x[0][0] = low.x, x[0][1] = high.x, x[0][2] = low.y, x[0][3] = high.y;
-    x[1][0] = low.z, x[1][1] = high.z, x[1][2] = low.w, x[1][3] = high.w;
+// A pass of eight rows takes the first or the second (`high`) of the 16, and nothing.
+__device__ __forceinline__ void load_columns(SixteenColumns& x, const u8* tile, bool high = false) {
+    if constexpr (EIGHT_ROWS) {
+        uint4 v = load_l2(tile);
+        x[0][0] = v.x, x[0][2] = v.y, x[1][0] = v.z, x[1][2] = v.w;
+        x[0][1] = x[0][3] = x[1][1] = x[1][3] = 0;
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint4 v = load_l2(tile + half * (OPERAND_TILE / 2));
+            x[half][0] = high ? v.y : v.x, x[half][1] = COLUMN_GROUPS > 1 ? v.y : 0;
+            x[half][2] = high ? v.w : v.z, x[half][3] = COLUMN_GROUPS > 1 ? v.w : 0;
+        }
+    }
 }
 constexpr int SIXTEENS = (COLUMN_GROUPS + 1) / 2;  // of columns, in a pass
 
@@ -35,11 +45,13 @@ struct Operand {
     static constexpr bool IN_REGISTERS = MOST * 2 * SIXTEENS <= MOST_OPERANDS;
     static constexpr int HELD = IN_REGISTERS ? MOST : TILES_PER_STAGE;
     const u8* source;
-    long long group_bytes;  // from 8 rows of the batch to the next
+    long long group_bytes;  // from 16 rows of the batch to the next
+    bool high;              // a pass of 8 rows of the batch: the second of the 16
     SixteenColumns words[HELD][SIXTEENS];
 
     __device__ __forceinline__ Operand(const Consumer& c, const u8* input, int pass, int tiles)
-        : source(input + ((long long)pass * COLUMN_GROUPS * CONSUMER_WARPS + c.warp) * tiles * 512 + c.lane * 16), group_bytes(CONSUMER_WARPS * tiles * 512) {
+        : source(input + ((long long)(pass * COLUMN_GROUPS / 2) * CONSUMER_WARPS + c.warp) * tiles * OPERAND_TILE + c.lane * 16),
+          group_bytes(CONSUMER_WARPS * tiles * OPERAND_TILE), high(COLUMN_GROUPS == 1 && pass % 2) {
         if (IN_REGISTERS) load(0, tiles);
     }
     __device__ __forceinline__ void load(int first, int count) {
@@ -47,10 +59,8 @@ struct Operand {
         for (int i = 0; i < HELD; ++i)
 #pragma unroll
             for (int g = 0; g < SIXTEENS; ++g)
-                if (COLUMN_GROUPS > 1 || i < count) {  // many: a branch costs registers, so the last tile is loaded again
-                    const u8* at = source + 2 * g * group_bytes + (first + min(i, count - 1)) * 512;
-                    put_columns(words[i][g], load_l2(at), COLUMN_GROUPS > 1 ? load_l2(at + group_bytes) : make_uint4(0, 0, 0, 0));
-                }
+                if (COLUMN_GROUPS > 1 || i < count)  // many: a branch costs registers, so the last tile is loaded again
+                    load_columns(words[i][g], source + g * group_bytes + (first + min(i, count - 1)) * OPERAND_TILE, PASSES > 1 && high);
     }
 };
 
@@ -74,23 +84,35 @@ struct Residence {
     }
 };
 
-// A stage of one row group, `count` tiles of this warp, times tiles `first` and up of the operand.
-template <int MOST>
-__device__ __forceinline__ void multiply_stage(Consumer& c, float (&acc)[SIXTEENS][4], const Operand<MOST>& x, int first, int count, const Residence& residence) {
-    if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-    const uint4* source = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
+// A stage of each of up to N row groups, `count` tiles of this warp, times tiles `first` and up of the operand. The groups'
+// products take turns: one waits for the one before it of the same group, and for no other.
+template <int N, int MOST>
+__device__ __forceinline__ void multiply_stages(Consumer& c, float (&acc)[N][SIXTEENS][4], const Operand<MOST>& x, int first, int count, int groups, const Residence& residence) {
+    const uint4* source[N];
+#pragma unroll
+    for (int g = 0; g < N; ++g) {
+        source[g] = source[0];  // what is not there is multiplied for nothing
+        if (g && g >= groups) continue;
+        if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
+        source[g] = (const uint4*)(c.ring.slots + c.next.slot * STAGE_BYTES) + c.warp * count * 32 + c.lane;
+        c.next.advance();
+    }
 #pragma unroll
     for (int i = 0; i < TILES_PER_STAGE; ++i) {
         if (i >= count) break;
-        uint4 w = source[i * 32];
+        uint4 w[N];
 #pragma unroll
-        for (int g = 0; g < SIXTEENS; ++g) {
-            const SixteenColumns& columns = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][g];
-            multiply16(acc[g], columns[0], w.x, w.y);
-            multiply16(acc[g], columns[1], w.z, w.w);
-        }
+        for (int g = 0; g < N; ++g) w[g] = source[g][i * 32];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int g = 0; g < N; ++g)
+#pragma unroll
+                for (int k = 0; k < SIXTEENS; ++k) {
+                    const SixteenColumns& columns = x.words[Operand<MOST>::IN_REGISTERS ? min(first + i, MOST - 1) : i][k];
+                    multiply16(acc[g][k], columns[half], half ? w[g].z : w[g].x, half ? w[g].w : w[g].y);
+                }
     }
-    c.next.advance();
     residence.release(c);
 }
 
@@ -114,24 +136,26 @@ struct DeepPlace {
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 8;  // of the lane
     static_assert(CONSUMER_WARPS * 32 == 256, "256 threads");
 };
-// A warp has 16 columns of the pass and a half of the matrix's. Where there are 32 columns it has one of the two row
-// groups, and of two warps that exchange halves of a sum, each finishes 8 columns; where there are 64 it has both row
-// groups, and finishes one of them.
+// A warp has half of the pass's columns (a multiple of 16), both row groups, and a quarter of the matrix's columns. Of the
+// four warps that exchange their parts of a sum, each finishes half of the columns of a row group.
 struct WidePlace {
-    static constexpr int COLUMN_WARPS = COLUMN_GROUPS >= 8 ? 4 : 2, ROW_WARPS = 4 / COLUMN_WARPS, GROUPS = 2 / ROW_WARPS;
-    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = GROUPS, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
-    __device__ __forceinline__ static int half(const Consumer& c) { return c.warp / 4; }
+    static constexpr int PARTS = 4, COLUMN_WARPS = CONSUMER_WARPS / PARTS, SLICES = CONSUMER_WARPS / PARTS, SIXTEENS_A_WARP = (SIXTEENS + 1) / COLUMN_WARPS;
+    static constexpr int UNITS = 1, PAIRS_AT_ONCE = 1, ROWS = 2, COLUMNS = SIXTEENS_A_WARP, ELEMENTS = ROWS * COLUMNS, CANDIDATES = 2;
+    static constexpr int EXCHANGED = 8 * SIXTEENS_A_WARP;  // sums a lane
+    __device__ __forceinline__ static int part(const Consumer& c) { return c.warp / COLUMN_WARPS; }
     __device__ __forceinline__ static int column_warp(const Consumer& c) { return c.warp % COLUMN_WARPS; }
-    __device__ __forceinline__ static int row_warp(const Consumer& c) { return c.warp % 4 / COLUMN_WARPS; }
     __device__ __forceinline__ static int pair(const Consumer&, int) { return 0; }
-    __device__ __forceinline__ static int group(const Consumer& c) { return GROUPS == 2 ? half(c) : row_warp(c); }
+    __device__ __forceinline__ static int group(const Consumer& c) { return part(c) / 2; }
     __device__ __forceinline__ static int row(const Consumer& c, int i) { return 8 * group(c) + c.lane % 4 * 2 + i % 2; }
-    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * column_warp(c) + c.lane / 4 + 8 * (GROUPS == 2 ? j : half(c)); }
+    __device__ __forceinline__ static int column(const Consumer& c, int j) { return 16 * SIXTEENS_A_WARP * column_warp(c) + c.lane / 4 + part(c) % 2 * 8 * SIXTEENS_A_WARP + 8 * j; }
     __device__ __forceinline__ static int candidate(const Consumer& c) { return group(c); }
+    // Element i of sixteen columns k of row group g: whether this warp finishes it, and its place among those exchanged.
+    __device__ __forceinline__ static bool is_own(const Consumer& c, int g, int k, int i) { return g == group(c) && (2 * k + i / 2) / SIXTEENS_A_WARP == part(c) % 2; }
+    __device__ __forceinline__ static constexpr int exchanged(int g, int k, int i) { return (g * SIXTEENS_A_WARP + k) * 4 + i; }
+    __device__ __forceinline__ static int own_exchanged(const Consumer& c, int i) { return (group(c) * 2 + part(c) % 2) * 2 * SIXTEENS_A_WARP + i; }
     static constexpr int UP = 2;
     static constexpr int FIRST_ROW_BIT = 1, LAST_ROW_BIT = 2;
 };
-constexpr int HALF_SLICES = CONSUMER_WARPS / 2;
 // Of the products whose input is the residual stream: the wide form where there are columns enough.
 constexpr bool IS_WIDE = COLUMN_GROUPS >= 4;
 template <bool WIDE>
@@ -150,11 +174,19 @@ constexpr int PAIR_SUMS = 16 * SUM_STRIDE;
 constexpr int MOST_PAIRS_AT_ONCE = PlaceOf<false>::type::PAIRS_AT_ONCE;
 using Sums = float[CONSUMER_WARPS][MOST_PAIRS_AT_ONCE * PAIR_SUMS];
 
+// The conv windows of the rows that a batch of pairs (those behind one barrier) makes come through the ring, as a stage
+// behind the batch's weights: [row of the sequences' batch][channel] of four floats.
+constexpr bool WINDOWS_IN_RING = PASSES == 1 && LIMITS_FLIGHT;
+constexpr int WINDOW_GROUPS = 2 * NormedPlace::PAIRS_AT_ONCE, WINDOW_BYTES = WINDOW_GROUPS * 8 * 16;  // of a sequence
+static_assert(!WINDOWS_IN_RING || BATCH_COLUMNS * WINDOW_BYTES <= STAGE_BYTES, "one stage");
+
 // For each pass and pair of row groups (or some pairs at once): finish.prepare(unit, pass, first row, rows) ahead of the
 // weights, then finish(unit, pass, first row, rows, sum), where sum(i) is this thread's i-th result, see Place.
 template <class Place, int ROWS, int MOST_WIDTH, class Finish>
 __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, int width, Finish& finish) {
     constexpr int MOST = MOST_WIDTH / CONSUMER_WARPS / 32, GROUPS = (ROWS + 7) / 8;
+    // Row groups that a warp multiplies at a time: two, or four where each is one stage and the ring is not filled by them.
+    constexpr int AT_ONCE = MOST <= TILES_PER_STAGE && Place::PAIRS_AT_ONCE % 2 == 0 && RING_STAGES >= 8 ? 4 : 2;
     int tiles = width / CONSUMER_WARPS / 32;
     c.locate();
     int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1);
@@ -173,33 +205,30 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
             for (int unit = 0; unit < Place::UNITS; ++unit) finish.prepare(unit, pass, 8 * first_of(unit), rows_of(unit));
             float* own = sums[c.buffer][c.warp] + c.lane % 4 * 2 * SUM_STRIDE + c.lane / 4;
 #pragma unroll 1
-            for (int pair = batch; pair < min(end, batch + 2 * Place::PAIRS_AT_ONCE); pair += 2, own += PAIR_SUMS) {
-                int groups = min(2, end - pair);
-                float acc[2][SIXTEENS][4] = {};
-                auto multiply = [&](int first, int count) {  // the stages of the two groups come in turn
-                    multiply_stage(c, acc[0], x, first, count, residence);
-                    if (groups == 2) multiply_stage(c, acc[1], x, first, count, residence);
-                };
+            for (int pair = batch; pair < min(end, batch + 2 * Place::PAIRS_AT_ONCE); pair += AT_ONCE, own += AT_ONCE / 2 * PAIR_SUMS) {
+                int groups = min(AT_ONCE, end - pair);
+                float acc[AT_ONCE][SIXTEENS][4] = {};
                 if constexpr (Operand<MOST>::IN_REGISTERS) {
 #pragma unroll
                     for (int at = 0; at < MOST; at += TILES_PER_STAGE)
-                        if (at < tiles) multiply(at, min(TILES_PER_STAGE, tiles - at));
+                        if (at < tiles) multiply_stages(c, acc, x, at, min(TILES_PER_STAGE, tiles - at), groups, residence);
                 } else {
 #pragma unroll 1
                     for (int at = 0; at < tiles; at += TILES_PER_STAGE) {
                         int count = min(TILES_PER_STAGE, tiles - at);
                         x.load(at, count);
-                        multiply(0, count);
+                        multiply_stages(c, acc, x, 0, count, groups, residence);
                     }
                 }
 #pragma unroll
-                for (int g = 0; g < 2; ++g)
+                for (int g = 0; g < AT_ONCE; ++g)
 #pragma unroll
                     for (int k = 0; k < SIXTEENS; ++k)
 #pragma unroll
-                        for (int i = 0; i < (COLUMN_GROUPS > 1 ? 4 : 2); ++i) own[(8 * g + i % 2) * SUM_STRIDE + 16 * k + i / 2 * 8] = acc[g][k][i];
+                        for (int i = 0; i < (COLUMN_GROUPS > 1 ? 4 : 2); ++i) own[g / 2 * PAIR_SUMS + (8 * (g % 2) + i % 2) * SUM_STRIDE + 16 * k + i / 2 * 8] = acc[g][k][i];
             }
             consumer_barrier();
+            bool windows = finish.take_windows(c, 8 * batch);
 #pragma unroll
             for (int unit = 0; unit < Place::UNITS; ++unit) {
                 const float* row = sums[c.buffer][0] + Place::pair(c, unit) * PAIR_SUMS + Place::row(c) * SUM_STRIDE;
@@ -208,73 +237,75 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
                         return sum_of_slices([&](int slice) { return row[slice * MOST_PAIRS_AT_ONCE * PAIR_SUMS + Place::column(c, i)]; });
                     });
             }
+            if (windows) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
             c.buffer ^= 1;
         }
         finish.end(pass);
     }
 }
 
-using Exchange = float[2][WidePlace::ELEMENTS][32];  // between two warps
-constexpr int EXCHANGE_BYTES = 2 * 4 * sizeof(Exchange);
+using Exchange = float[WidePlace::PARTS][WidePlace::EXCHANGED][32];  // between the warps with the same columns
+constexpr int EXCHANGE_BYTES = 2 * WidePlace::COLUMN_WARPS * sizeof(Exchange);
 
-// As gemm, for many columns: a warp has half of the matrix's columns, and two exchange what they have of each other's
-// results. No barrier of all warps, and an eighth of the
-// traffic through shared memory.
+// As gemm, for many columns: a warp has a part of the matrix's columns, and few warps exchange what they have of each
+// other's results. No barrier of all warps, and less traffic through shared memory.
 template <int ROWS, int WIDTH, class Finish>
 __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* input, Finish& finish) {
     using Place = WidePlace;
     constexpr int TILES = WIDTH / CONSUMER_WARPS / 32, FULL_STAGES = TILES / TILES_PER_STAGE, REST = TILES % TILES_PER_STAGE, GROUPS = (ROWS + 7) / 8;
-    constexpr bool IN_REGISTERS = HALF_SLICES * TILES * 2 <= MOST_OPERANDS;
+    constexpr int K = Place::SIXTEENS_A_WARP;
+    constexpr bool IN_REGISTERS = Place::SLICES * TILES * 2 * K <= MOST_OPERANDS;
     constexpr int HELD = IN_REGISTERS ? TILES : 1;
     c.locate();
-    int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), half = Place::half(c);
+    int begin = first_group(GROUPS, c.block), end = first_group(GROUPS, c.block + 1), part = Place::part(c);
     Residence residence(c, stages_of(end - begin, TILES));
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         residence.begin(c, pass);
-        const u8* source = input + ((long long)(pass * COLUMN_GROUPS + Place::column_warp(c) * 2) * (WIDTH / 32) + half * HALF_SLICES * TILES) * 512 + c.lane * 16;
-        SixteenColumns x[HELD][HALF_SLICES];
+        const u8* source = input + ((long long)(pass * COLUMN_GROUPS / 2 + Place::column_warp(c) * K) * (WIDTH / 32) + part * Place::SLICES * TILES) * OPERAND_TILE + c.lane * 16;
+        SixteenColumns x[HELD][Place::SLICES][K];
         auto load = [&](int held, int tile) {
 #pragma unroll
-            for (int slice = 0; slice < HALF_SLICES; ++slice) {
-                const u8* at = source + (slice * TILES + tile) * 512;
-                put_columns(x[held][slice], load_l2(at), load_l2(at + (WIDTH / 32) * 512));
-            }
+            for (int slice = 0; slice < Place::SLICES; ++slice)
+#pragma unroll
+                for (int k = 0; k < K; ++k) load_columns(x[held][slice][k], source + (k * (WIDTH / 32) + slice * TILES + tile) * OPERAND_TILE);
         };
         if (IN_REGISTERS)
 #pragma unroll
             for (int i = 0; i < HELD; ++i) load(i, i);
         finish.begin(pass);
-        if (pass == 0) consumer_barrier();  // what begin left for all warps is there
+        consumer_barrier();  // what begin left for all warps is there
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
             int rows = min(2, end - group) * 8;
             finish.prepare(0, pass, 8 * group, rows);
-            float acc[HALF_SLICES][Place::GROUPS][4] = {};
+            float acc[Place::SLICES][2][K][4] = {};
             auto multiply = [&](int first, int count) {
                 auto next_stage = [&]() {
                     if (c.next.stage == c.landed) c.landed = await_landed(c.ring, c.next.stage, c.watchdog);
-                    u32 at = c.next.slot * (STAGE_BYTES / 16) + half * HALF_SLICES * count * 32 + c.lane;
+                    u32 at = c.next.slot * (STAGE_BYTES / 16) + part * Place::SLICES * count * 32 + c.lane;
                     c.next.advance();
                     return at;
                 };
                 u32 at[2] = {next_stage(), 0};
                 at[1] = at[0];  // a single group twice: nobody looks at the other's results
                 if (rows == 16) at[1] = next_stage();
-                if (Place::GROUPS == 1 && Place::row_warp(c)) at[0] = at[1];
                 const uint4* weights = (const uint4*)c.ring.slots;
 #pragma unroll
                 for (int i = 0; i < TILES_PER_STAGE; ++i) {
                     if (i >= count) break;
                     if (!IN_REGISTERS) load(0, first + i);
 #pragma unroll
-                    for (int slice = 0; slice < HALF_SLICES; ++slice)
+                    for (int slice = 0; slice < Place::SLICES; ++slice)
 #pragma unroll
-                        for (int g = 0; g < Place::GROUPS; ++g) {
+                        for (int g = 0; g < 2; ++g) {
                             uint4 w = weights[at[g] + (slice * count + i) * 32];
-                            const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice];
-                            multiply16(acc[slice][g], columns[0], w.x, w.y);
-                            multiply16(acc[slice][g], columns[1], w.z, w.w);
+#pragma unroll
+                            for (int k = 0; k < K; ++k) {
+                                const SixteenColumns& columns = x[IN_REGISTERS ? first + i : 0][slice][k];
+                                multiply16(acc[slice][g][k], columns[0], w.x, w.y);
+                                multiply16(acc[slice][g][k], columns[1], w.z, w.w);
+                            }
                         }
                 }
                 residence.release(c);
@@ -287,26 +318,28 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                 for (int s = 0; s < FULL_STAGES; ++s) multiply(s * TILES_PER_STAGE, TILES_PER_STAGE);
             }
             if constexpr (REST) multiply(FULL_STAGES * TILES_PER_STAGE, REST);
-            // The sums of this half of the slices. Of two row groups, or of 16 columns, the lower warp finishes the first.
-            Exchange* exchange = (Exchange*)sums + (c.buffer * 4 + c.warp % 4);
+            Exchange* exchange = (Exchange*)sums + (c.buffer * Place::COLUMN_WARPS + Place::column_warp(c));
             float own[Place::ELEMENTS];
 #pragma unroll
-            for (int g = 0; g < Place::GROUPS; ++g)
+            for (int g = 0; g < 2; ++g)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float sum = acc[0][g][i];
+                for (int k = 0; k < K; ++k)
 #pragma unroll
-                    for (int slice = 1; slice < HALF_SLICES; ++slice) sum += acc[slice][g][i];
-                    bool lower = Place::GROUPS == 2 ? g == 0 : i < 2;
-                    int element = Place::GROUPS == 2 ? i : i % 2;
-                    if (lower == (half == 0))
-                        own[element] = sum;
-                    else
-                        (*exchange)[half][element][c.lane] = sum;
-                }
-            group_barrier(2 + c.warp % 4, 64);
+                    for (int i = 0; i < 4; ++i) {
+                        float sum = acc[0][g][k][i] + acc[1][g][k][i];
+                        if (Place::is_own(c, g, k, i))
+                            own[(4 * k + i) % Place::ELEMENTS] = sum;
+                        else
+                            (*exchange)[part][Place::exchanged(g, k, i)][c.lane] = sum;
+                    }
+            group_barrier(2 + Place::column_warp(c), 32 * Place::PARTS);
+            bool windows = finish.take_windows(c, 8 * group);
             if (Place::group(c) == 0 || rows == 16)
-                finish(0, pass, 8 * group, rows, [&](int i) { return own[i] + (*exchange)[1 - half][i][c.lane]; });
+                finish(0, pass, 8 * group, rows, [&](int i) {
+                    auto of = [&](int p) { return p == part ? own[i] : (*exchange)[p][Place::own_exchanged(c, i)][c.lane]; };
+                    return (of(0) + of(1)) + (of(2) + of(3));
+                });
+            if (windows) release_stage(c.ring, c.next.stage - 1, c.warp, c.lane);
             c.buffer ^= 1;
         }
         finish.end(pass);

@@ -17,6 +17,7 @@ constexpr int BATCH_COLUMNS = PASSES * PASS_COLUMNS;
 constexpr int SUM_STRIDE = PASS_COLUMNS + 1;
 constexpr int COLUMNS_A_THREAD = (PASS_COLUMNS + 15) / 16;  // that a thread finishes, in each pass
 constexpr int PROJECTED_STRIDE = ((PROJECTED_LINEAR > PROJECTED_FULL ? PROJECTED_LINEAR : PROJECTED_FULL) + 3) / 4 * 4;
+constexpr int SQUARES_STRIDE = (BLOCKS + 3) / 4 * 4;
 constexpr int MIXED_COLUMNS = VALUE_DIM > QUERY_DIM ? VALUE_DIM : QUERY_DIM;
 static_assert(TILES_PER_STAGE == 4 && CONSUMER_WARPS == 8, "see gemm.cuh");
 
@@ -30,13 +31,22 @@ struct Rows {
     int position[BATCH_COLUMNS];  // of that token
     int made[BATCH_COLUMNS];      // tokens so far
     RowKind kind[BATCH_COLUMNS];
+    // Whether its states come through the ring in a step of that parity. As the kind was two steps ago: the producer is
+    // ahead, and must come to the same as the consumers.
+    volatile bool streamed[2][BATCH_COLUMNS];
 };
 
-// The place of a vector's element in the input of a product with WIDTH columns of weights. Eight rows of the batch stand
-// together, in tiles of 8 x 32 numbers, as the weights do on the tape: a lane's 16 bytes are what tile products take.
+// The place of a vector's element in the input of a product with WIDTH columns of weights. 16 rows of the batch stand
+// together, in tiles of 16 x 32 numbers. A tile has two halves of 512 bytes, each the 16 x 16 operand of a tensor-core
+// product in the order of its fragment: a lane's 16 bytes go from memory into the registers that the instruction takes.
+// Where there are no more than 8 rows, tiles are of 8 x 32 numbers, as those of the weights on the tape.
+constexpr bool EIGHT_ROWS = BATCH_COLUMNS == 8;
+constexpr int OPERAND_TILE = EIGHT_ROWS ? 512 : 1024;  // bytes
 template <int WIDTH>
 __device__ __forceinline__ u16* operand_place(u8* input, int row, int column) {
-    return (u16*)(input + ((long long)(row / 8) * (WIDTH / 32) + column / 32) * 512 + (row % 8 * 4 + column % 32 / 8) * 16) + column % 8;
+    if (EIGHT_ROWS) return (u16*)(input + (column / 32) * 512 + (row * 4 + column % 32 / 8) * 16) + column % 8;
+    int half = column % 8 / 4, lane = row % 8 * 4 + column % 32 / 8, word = column % 4 / 2 * 2 + row % 16 / 8;
+    return (u16*)(input + ((long long)(row / 16) * (WIDTH / 32) + column / 32) * 1024 + half * 512 + lane * 16 + word * 4) + column % 2;
 }
 __device__ __forceinline__ u16 to_16_bit(float x) { return (u16)pack2(x, 0.0f); }
 
@@ -70,6 +80,17 @@ __device__ __forceinline__ u16* keys_of(u8* state, int layer, int max_context) {
     return (u16*)(state + LINEAR_LAYERS * LINEAR_STATE * 4) + (long long)full_layers_before(layer) * 2 * KV_DIM * max_context;
 }
 
+// Where a warp does not take every stage of the ring: it passes over those of the others, and its count of what has
+// landed may be of any stage before.
+__device__ __forceinline__ void advance_ring(RingPosition& at, int stages) {
+    at.stage += stages, at.slot += stages;
+    while (at.slot >= RING_STAGES) at.slot -= RING_STAGES, ++at.round;
+}
+__device__ __forceinline__ void await_stage(Consumer& c, u32 stage) {
+    while ((int)((c.landed = *c.ring.landed) - stage) <= 0) c.watchdog.check();
+    asm volatile("" ::: "memory");
+}
+
 // The barrier over all blocks, in two halves: what lies between them may use nothing that other blocks write.
 struct GridBarrier {
     const BatchArguments& a;
@@ -84,8 +105,7 @@ struct GridBarrier {
     __device__ __forceinline__ void wait(Consumer& c) {
         if (thread_index() == 0) {
             c.watchdog.spins = 0;
-            while ((int)(load_relaxed(a.barrier) - target) < 0) c.watchdog.check();
-            fence_gpu();
+            while ((int)(load_acquire(a.barrier) - target) < 0) c.watchdog.check();
             if (a.times && block_index() == 0) a.times[++*passed] = nanoseconds();
         }
         consumer_barrier();

@@ -2,7 +2,7 @@
 // added, so the cut of top_k and top_p is that of sampling/select.cuh whatever the order.
 #pragma once
 
-#include "batch/model.cuh"
+#include "batch/finish.cuh"
 #include "sampling/logprobs.cuh"
 #include "sampling/philox.cuh"
 #include "sampling/select.cuh"
@@ -63,6 +63,18 @@ __device__ __forceinline__ void temper_row(const Consumer& c, const SamplingArgu
     OwnRows own(c.block);
     float temperature = s.temperature;
     each_score<true>(c, s, own.first, own.end, [&](int, float& score) { score = divide_rounded(subtract_rounded(score, highest), temperature); });
+}
+
+// Makes scores of a row's logits, of this block's tokens; the best of them takes the place of the best logits.
+__device__ __forceinline__ void score_logits(const Consumer& c, const BatchArguments& a, int n) {
+    const SamplingArguments& s = a.row_table[n].sampling;
+    Candidate best{0, 0xFFFFFu};
+    OwnRows own(c.block);
+#pragma unroll 1
+    for (int row = own.first + c.lane; row < own.end; row += 32) best.offer(score_row(s, s.scores[row], row), row);
+    best = warp_best(best);
+    u64* candidates = a.candidates + n * NormedPlace::CANDIDATES * BLOCKS + c.block;
+    if (c.lane < NormedPlace::CANDIDATES) store_relaxed64(candidates + c.lane * BLOCKS, c.lane ? 0 : (u64)best.key << 32 | (0xFFFFFFFFu - best.id));
 }
 
 // This block's part of a pass of one row.

@@ -22,6 +22,8 @@ struct PublishFinish {
     u32* projected;
     u32 tag;
 
+    static constexpr bool EXCHANGED = true;
+
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
@@ -285,7 +287,7 @@ __device__ __forceinline__ void merge_splits(Consumer& c, const Channels& channe
         total = warp_sum(total);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 8);
         o += __shfl_xor_sync(0xFFFFFFFFu, o, 16);
-        publish_packed<QUERY_DIM>(channels.attended, head * HEAD_DIM + dim, o / total * sigmoid(gate), c.lane < 8, channels.attended_epoch);
+        if (c.lane < 8) publish_to_all<QUERY_DIM>(channels.mixed, head * HEAD_DIM + dim, o / total * sigmoid(gate), tag);
     }
 }
 
@@ -298,5 +300,5 @@ __device__ __forceinline__ void attention(Consumer& c, const FullLayer& layer, c
     c.mark(MARK_ATTENDED);
     c.enter(PHASE_MERGE, c.watchdog.layer);
     merge_splits(c, channels, position, tag);
-    receive_activations<QUERY_DIM>(c, channels.attended, channels.attended_epoch, nullptr);
+    receive_activations<QUERY_DIM>(c, channels.mixed, tag, nullptr);
 }

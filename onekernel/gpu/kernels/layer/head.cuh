@@ -31,6 +31,8 @@ struct HeadFinish {
     bool sampled;  // or the highest logit is the token
     Candidate best;
 
+    static constexpr bool EXCHANGED = false;
+
     __device__ __forceinline__ void prepare(int, int) {}
     template <class Sum>
     __device__ __forceinline__ void operator()(int group, int groups, Sum sum) {
@@ -53,7 +55,9 @@ struct Choice {
         return key > KEY_OF_INFINITY ? 1 : key == KEY_OF_INFINITY ? 2 : key <= KEY_OF_MINUS_INFINITY ? 3 : 0;
     }
 };
-__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag) {
+// `published`: this block wrote something for the others since the LM head began, which must be there before its word.
+__device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Candidate* shared_best, u64* candidates, u32 block_flags, u32 tag,
+                                               bool published) {
     best = warp_best(best);
     if (c.lane == 0) shared_best[c.warp] = best;
     consumer_barrier();
@@ -61,23 +65,28 @@ __device__ __forceinline__ Choice choose_token(Consumer& c, Candidate best, Cand
         best = c.lane < CONSUMER_WARPS ? shared_best[c.lane] : Candidate{0, 0xFFFFFu};
         best = warp_best(best);
         if (c.lane == 0) {
-            // What this block wrote for later tokens (KV cache) is ordered before the word.
-            fence_gpu();
+            if (published) fence_gpu();
             store_relaxed64(candidates + c.block, (u64)best.key << 32 | (u64)(0xFFFFFu - best.id) << 12 | block_flags | tag);
         }
     }
     if (c.warp == 0) {
         u64 winner = 0;
         u32 flags = 0;
-        for (int block = c.lane; block < BLOCKS; block += 32) {
-            u64 word = load_relaxed64(candidates + block);
-            while ((word & 0xFFu) != tag) {
-                c.watchdog.check();
-                word = load_relaxed64(candidates + block);
-            }
-            flags |= (u32)word;
-            word >>= 12;
-            if (word > winner) winner = word;
+        constexpr int WORDS = (BLOCKS + 31) / 32;  // of a lane
+        u64 words[WORDS];
+        bool ready;
+        do {
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) words[i] = load_relaxed64(candidates + min(c.lane + 32 * i, BLOCKS - 1));
+            ready = true;
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) ready &= ((u32)words[i] & 0xFFu) == tag;
+            if (!ready) c.watchdog.check();
+        } while (!ready);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            flags |= (u32)words[i];
+            if (words[i] >> 12 > winner) winner = words[i] >> 12;
         }
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) {

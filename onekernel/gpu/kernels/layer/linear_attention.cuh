@@ -16,6 +16,8 @@ struct ProjectionFinish {
     u32 tag;
     float4 window, taps;  // of the row's channel; where there is no channel, taps holds the row's constants
 
+    static constexpr bool EXCHANGED = true;
+
     __device__ __forceinline__ void prepare(int group, int groups) {
         int row = group * 8 + consumer->thread;
         if (consumer->thread >= groups * 8) return;
@@ -131,7 +133,7 @@ __device__ __forceinline__ void receive_gated_norm(Consumer& c, const u32* mixed
     static_assert(VALUE_HEAD_DIM == 4 * 32 && PAIRS_PER_HEAD == 2 * 32, "four columns and two pairs a lane");
     c.locate();
     int start = slice_start(VALUE_DIM, c.warp), end = (start + SLICE + VALUE_HEAD_DIM - 1) / VALUE_HEAD_DIM;
-    mixed += c.block % COPIES * MIXED_LINEAR;
+    mixed = copy_for<MIXED_LINEAR>(mixed, c.block);
     await_word(mixed + end * MIXED_HEAD - 1, tag, c.watchdog);
 #pragma unroll 1
     for (int head = start / VALUE_HEAD_DIM; head < end; head += AT_ONCE) {
@@ -195,5 +197,6 @@ __device__ __forceinline__ void linear_attention(Consumer& c, const LinearLayer&
         }
     }
     c.mark(MARK_ATTENDED);
+    pause(POLL_AFTER_PUBLISHING);
     receive_gated_norm(c, channels.mixed, tag);
 }

@@ -91,3 +91,14 @@ __device__ __forceinline__ void receive_words(float (&words)[WORDS], const u32* 
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = untagged(w[i]);
 }
+
+// A vector that every block needs is published twice, so that half as many wait for the same lines of L2.
+constexpr int COPIES = 2;
+
+template <int WORDS>
+__device__ __forceinline__ void publish_to_all(u32* vector, int at, float value, u32 tag) {
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) publish(vector + i * WORDS + at, value, tag);
+}
+template <int WORDS>
+__device__ __forceinline__ const u32* copy_for(const u32* vector, int block) { return vector + block % COPIES * WORDS; }

@@ -5,8 +5,8 @@
 // behind one barrier. The layout of the tape is that of gpu/tape.py: stages never reach across row groups.
 #pragma once
 
+#include "primitive/exchange.cuh"
 #include "primitive/mma.cuh"
-#include "primitive/packed.cuh"
 #include "primitive/ring.cuh"
 #include "primitive/timeline.cuh"
 #include "primitive/warp.cuh"
@@ -57,18 +57,18 @@ __device__ __forceinline__ void store_activations(Consumer& c, int i, float4 v) 
     at[2] = pack2(v.z, v.w);
 }
 
-// Receives this warp's slice of a packed vector, times `scale` if given, and stores it as activations.
+// Receives this warp's slice of an exchanged vector, times `scale` if given, and stores it as activations.
 // Returns this lane's part of the slice's sum of squares (before scaling).
 template <int COLUMNS>
-__device__ __forceinline__ float receive_activations(Consumer& c, const u32* channel, u32 epoch, const float* scale) {
+__device__ __forceinline__ float receive_activations(Consumer& c, const u32* channel, u32 tag, const float* scale) {
     constexpr int VECTORS = COLUMNS / CONSUMER_WARPS / 4;
     constexpr int PER_LANE = (VECTORS + 31) / 32;
-    constexpr int AT_ONCE = PER_LANE <= 4 ? PER_LANE : 2;  // more would need too many registers
+    constexpr int AT_ONCE = PER_LANE < 4 ? PER_LANE : 4;
     c.locate();
     int start = slice_start(COLUMNS, c.warp);
     float squares = 0;
-    channel = packed_copy<COLUMNS>(channel, c.block);
-    await_packed(channel + (start + COLUMNS / CONSUMER_WARPS) / 2 - 1, epoch, c.watchdog);
+    channel = copy_for<COLUMNS>(channel, c.block);
+    await_word(channel + start + COLUMNS / CONSUMER_WARPS - 1, tag, c.watchdog);
     for (int base = 0; base < PER_LANE; base += AT_ONCE) {
         int first = base * 32 + c.lane;
         int valid = (VECTORS - first + 31) / 32;
@@ -78,7 +78,7 @@ __device__ __forceinline__ float receive_activations(Consumer& c, const u32* cha
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
                 if (i < valid) factor[i] = load_constant4(scale + start + 4 * (first + 32 * i));
-        receive_packed<AT_ONCE>(v, channel + (start + 4 * first) / 2, 64, valid, epoch, c.watchdog);
+        receive4_many<AT_ONCE>(v, channel + start + 4 * first, 128, valid, tag, c.watchdog);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
             if (i < valid) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
         if (c.lane == 0) c.squares[c.buffer][c.warp] = squares;
         c.mark(MARK_MULTIPLIED);
         consumer_barrier();
-        c.mark(MARK_SUMMED);
+        if (behind_barrier(c.activations)) c.mark(MARK_SUMMED);
         finish(group, count, [&](int i) {
             float sum = 0;
 #pragma unroll
@@ -212,6 +212,8 @@ __device__ __forceinline__ void gemv(Consumer& c, float squares, Finish& finish)
             return sum;
         });
         c.mark(MARK_PUBLISHED);
+        // What all blocks publish now comes no sooner: polls before that only stand in its way.
+        if (Finish::EXCHANGED) pause(c.warp * 32 < count * 8 ? POLL_AFTER_PUBLISHING : POLL_AFTER);
         group += count;
         c.buffer ^= 1;
     }

@@ -32,6 +32,11 @@ __device__ __forceinline__ void store_relaxed64(u64* p, u64 v) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+// Two words; each arrives whole.
+__device__ __forceinline__ void store_relaxed64x2(u64* p, u64 a, u64 b) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"(a), "l"(b) : "memory");
+}
+
 // Mapped host memory: seen by the CPU while the kernel runs.
 __device__ __forceinline__ u32 load_host(const u32* p) {
     u32 v;
@@ -54,6 +59,13 @@ __device__ __forceinline__ void load_l2_if(float4& v, const float* p, bool wante
     asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];}"
                  : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
                  : "l"(p), "r"((u32)wanted)
+                 : "memory");
+}
+
+// Stores four words at once, where `wanted`. Said in so many words: the compiler may make four stores of an assignment.
+// They are not read again soon: they give way to others in L2, and leave it sooner.
+__device__ __forceinline__ void store4_if(float* p, float4 v, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.cs.v4.f32 [%4], {%0, %1, %2, %3};}" ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "l"(p), "r"((u32)wanted)
                  : "memory");
 }
 
@@ -80,6 +92,15 @@ __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefe
 
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Does nothing for about so many clocks.
+__device__ __forceinline__ void pause(u32 clocks) {
+    u32 start = (u32)clock();
+    while ((u32)clock() - start < clocks) {
+    }
+}
+// The same for about so many nanoseconds, without taking turns from other warps.
+__device__ __forceinline__ void doze(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
 __device__ __forceinline__ u64 nanoseconds() {
     u64 t;

@@ -49,7 +49,7 @@ __device__ __forceinline__ Choice choose(Consumer& c, const DecodeArguments& a, 
     Choice choice;
 #pragma unroll 1
     for (bool again = sampled && !s.greedy;; again = false) {
-        choice = choose_token(c, best, shared_best, candidates, flags, tag);
+        choice = choose_token(c, best, shared_best, candidates, flags, tag, sampled);
         if (!again || choice.failure()) break;
         best = sample_rows(c, s, shared.select, passes, from_ordered(choice.key), a.position + step + 1);
         candidates += 2 * BLOCKS;

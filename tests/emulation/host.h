@@ -185,6 +185,7 @@ inline void fence_gpu() {}
 inline void fence_system() {}
 inline void prefetch_l2(const void*) {}
 inline u64 nanoseconds() { static u64 t = 0; return ++t; }
+inline void pause(u32) {}
 inline void fault() { fprintf(stderr, "fault\n"); abort(); }
 inline u32 load_shared(u32 a) { return *(u32*)at_shared(a); }
 inline uint2 load_shared2(u32 a) { return *(uint2*)at_shared(a); }

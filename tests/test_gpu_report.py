@@ -1,8 +1,8 @@
 """The committed reports of GPU runs: of these kernel sources, and without a failure.
 
 benchmarks/gpu_pending.json names what a committed run did not carry out: a list of {reason, explanation, tests,
-sanitizer, not_run}. It excuses a test or a tool of that name with that very error, and nothing else. In `not_run`, a name
-may end with "*".
+sanitizer, not_run}. It excuses a test or a tool of that name with that very error, and nothing else. In `not_run`, a
+name may end with "*".
 """
 
 from __future__ import annotations

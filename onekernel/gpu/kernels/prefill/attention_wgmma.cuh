@@ -315,7 +315,7 @@ __device__ __forceinline__ void attend_wide(const PrefillArguments& a, u8* memor
     for (int number = block_index(); number < attention_items(a); number += gridDim.x) {
         const AttentionItem item(a, number);
         fence_async_shared();
-        __syncthreads();  // shared memory is free: the asker begins
+        block_sync();  // shared memory is free: the asker begins
         if (thread_index() >= 256)
             score_item(a, item, shared, h, tiles, items);
         else
@@ -330,7 +330,7 @@ __device__ __forceinline__ void bring(const PrefillArguments& a, int layer, cons
     u32 shared = shared_address(memory);
 #pragma unroll 1
     for (int number = block_index(); number < attention_items(a); number += gridDim.x) {
-        __syncthreads();
+        block_sync();
         fence_async_shared();
         bring_item(a, layer, number, shared, h, tiles);
         const AttentionItem item(a, number);

@@ -166,7 +166,7 @@ __device__ __forceinline__ void carry_state(const PrefillArguments& a, const Lin
 #pragma unroll 1
     for (int item = block_index(); item < VALUE_HEADS * CARRY_PARTS; item += gridDim.x, carried += chunks) {
         fence_async_shared();
-        __syncthreads();  // shared memory is free: the asker begins
+        block_sync();  // shared memory is free: the asker begins
         if (thread_index() < 256)
             carry(a, layer, item / CARRY_PARTS, item % CARRY_PARTS, shared_address(memory), passage, carried);
         else
@@ -178,7 +178,7 @@ __device__ __forceinline__ void carry_state(const PrefillArguments& a, const Lin
 __device__ __forceinline__ void bring_chunks(const PrefillArguments& a, u32 shared, const Passage& passage, u32& carried) {
 #pragma unroll 1
     for (int item = block_index(); item < VALUE_HEADS * CARRY_PARTS; item += gridDim.x) {
-        __syncthreads();
+        block_sync();
         fence_async();
         const u8* from = a.items + (long long)(item / CARRY_PARTS) * ITEM_BYTES;
         if (thread_index() == WORKERS)
@@ -261,7 +261,7 @@ __device__ __forceinline__ void gated_output(const PrefillArguments& a, const Li
     const int group = thread_index() / 128, items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
     u32 turn = passage.done[1 + group];
     fence_async_shared();
-    __syncthreads();  // shared memory is free: the asker begins
+    block_sync();  // shared memory is free: the asker begins
 #pragma unroll 1
     for (int item = group * gridDim.x + block_index(); item < items; item += 3 * gridDim.x, ++turn)
         output_of_chunk(a, layer, item / VALUE_HEADS, item % VALUE_HEADS, shared_address(memory) + group * OUTPUT_SLOT, passage.slot_full(group), passage.slot_free(group), turn);
@@ -270,7 +270,7 @@ __device__ __forceinline__ void gated_output(const PrefillArguments& a, const Li
 // The asker's part, by its first warp. `turns`: of each group, in turn, the parity of its outputs so far.
 __device__ __forceinline__ void bring_outputs(const PrefillArguments& a, u32 shared, const Passage& passage, u32& turns) {
     const int items = (a.tokens + CHUNK - 1) / CHUNK * VALUE_HEADS;
-    __syncthreads();
+    block_sync();
     fence_async();
     int group = 0;
     if (thread_index() == WORKERS)

@@ -382,7 +382,7 @@ __device__ __forceinline__ void gemm(const PrefillArguments& a, const TokenRing&
         store_shared2(offsets + 8 * step, tile_offset(given.columns, 2 * step), tile_offset(given.columns, 2 * step + 1));
     if (thread_index() == 0) product_in_shared(memory) = given;
     fence_async_shared();  // what the phase before left in shared memory is overwritten by bulk copies
-    __syncthreads();       // the asker begins
+    block_sync();       // the asker begins
     multiply_tiles(a, ring, p, offsets, used);
     if (thread_index() == 0) *ring.used = used + steps_of_block(p);  // the barriers between phases show it to all
 }

@@ -24,8 +24,12 @@ constexpr bool WGMMA = false;
 constexpr int WORKER_WARPS = 12;
 constexpr int WORKERS = WORKER_WARPS * 32;
 constexpr int PREFILL_THREADS = WORKERS + (WGMMA ? 128 : 0);
-// Barrier of the workers alone; those that a part of them meets at have the numbers up to 13, and 15 (gemm.cuh).
+// Barrier of the workers alone; those that a part of them meets at have the numbers up to 12, and 15 (gemm.cuh).
 __device__ __forceinline__ void worker_sync() { group_barrier(WGMMA ? 14 : 0, WORKERS); }
+
+// All threads: where workers and asker meet, from different places in the code. On sm_90a with a number and a count: plain
+// __syncthreads() there is right for the hardware and an error for compute-sanitizer.
+__device__ __forceinline__ void block_sync() { group_barrier(WGMMA ? 13 : 0, PREFILL_THREADS); }
 
 constexpr int STEP_COLUMNS = 64;             // of a matrix, multiplied at a time
 constexpr int STEP_BYTES = STEP_COLUMNS * 2;  // of one row
@@ -62,10 +66,7 @@ __device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int m
     for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
         int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
-        for (int at = thread * 128; at < bytes; at += threads * 128) {
-            prefetch_l2(share + at);
-            if (WGMMA && !NARROW) idle_for(300);  // products are on their way meanwhile
-        }
+        for (int at = thread * 128; at < bytes; at += threads * 128) prefetch_l2(share + at);
     }
 }
 

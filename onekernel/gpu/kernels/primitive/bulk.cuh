@@ -37,7 +37,6 @@ __device__ __forceinline__ void warp_arrive(u32 barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
-__device__ __forceinline__ void idle_for(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
 // A group of four warps takes registers from the others of the block, or leaves them its own: a multiple of 8 a thread.
 template <int COUNT>
 __device__ __forceinline__ void more_registers() {
@@ -52,6 +51,5 @@ __device__ __forceinline__ void fewer_registers() {
 
 __device__ __forceinline__ void fence_async() {}
 __device__ __forceinline__ void fence_async_shared() {}
-__device__ __forceinline__ void idle_for(u32) {}
 
 #endif

@@ -285,7 +285,7 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         merge_rows(c, a, shared.rows);
         barrier.arrive(c);
     } else {
-        LinearProjection finish{{base}, linear_layer(a, layer), layer, shared.taps};
+        LinearProjection finish{{base}, layer, shared.taps};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
         barrier.meet(c);
         c.enter(PHASE_DELTA_RULE, layer);
@@ -302,7 +302,9 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         if (input == a.activated) prefetch_windows(c, a, shared.rows, layer + 1);
         ResidualUpdate update{base, norm, shared.residual, shared.squares};
         project_back(c, a, shared, input, width, update, product);
-        barrier.meet(c);
+        barrier.arrive(c);
+        if (input == a.activated) load_taps(c, a, shared.taps, layer + 1);
+        barrier.wait(c);
         if (input == a.activated) break;
         Activation activation{{base}};
         gemm_normed<2 * INTERMEDIATE>(c, (Sums*)shared.sums, a.input, activation);
@@ -452,6 +454,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
         prefetch_windows(c, a, shared.rows, 0);
+        load_taps(c, a, shared.taps, 0);
         if (c.warp == 0) {
             count_items(c, a, shared.rows, shared.first_item);
             __threadfence_block();

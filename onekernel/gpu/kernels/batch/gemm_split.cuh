@@ -158,6 +158,7 @@ __device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a,
                 } while (!all);
             }
             __syncwarp();
+            if (pass == PASSES - 1 && group + 2 >= end) finish.hush_producer();
             finish(0, pass, 8 * group, count, [&](int i) { return sum_of_slices([&](int slice) { return __uint_as_float((u32)sums[i][slice]); }); });
         }
         finish.end(pass);

@@ -56,6 +56,7 @@ class BatchLayout:
     layer_stages_in_flight: int = 2
     state_stages_in_flight: int = 4
     head_stages_in_flight: int = 3
+    hushes: bool = True  # the producer, ahead of barriers
 
     @classmethod
     def plan(cls, decode: Layout, columns: int) -> BatchLayout:
@@ -91,6 +92,7 @@ class BatchLayout:
             "LAYER_STAGES_IN_FLIGHT": min(self.layer_stages_in_flight, self.ring_stages),
             "STATE_STAGES_IN_FLIGHT": min(self.state_stages_in_flight, self.ring_stages),
             "HEAD_STAGES_IN_FLIGHT": min(self.head_stages_in_flight, self.ring_stages),
+            "HUSHES": self.hushes,
             "COLUMN_GROUPS": self.column_groups,
             "PASSES": self.columns // (8 * self.column_groups),
         }

@@ -23,7 +23,7 @@ from onekernel.reference.parameters import Parameters
 HERE = Path(__file__).parent
 # What takes longest first, for run.py, which runs files side by side. xdist deals two to each process at the start, so
 # that the fifth waits behind the first of four: a short one.
-LONGEST = ("test_soak.", "test_logits.", "[27b]", "[9b]", "reference[demo]", "test_determinism.", "test_demo_", "[4b]")
+LONGEST = ("test_soak.", "test_batch_company.", "test_logits.", "[27b]", "[9b]", "reference[demo]", "test_determinism.", "test_demo_", "[4b]")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -36,7 +36,7 @@ struct Shared {
     float inverse[BATCH_COLUMNS], squares[RESIDUAL_PAIRS][BATCH_COLUMNS];
     float head_squares[4][CONSUMER_WARPS];
     int first_item[BATCH_COLUMNS + 1];  // of attention, of each row in this step; then how many there are
-    volatile u32 finished;
+    volatile u32 finished, quiet;
     volatile int counted;  // in how many steps the items of attention
     u32 pending, passed;
 };
@@ -192,7 +192,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ void await_slot(u32 in_flight) {
-        while (!finished && (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight))) pause();
+        while (!finished && (!slot_is_free(ring, next) || (LIMITS_FLIGHT && next.stage - *ring.landed >= in_flight) || (HUSHES && __any_sync(0xFFFFFFFFu, shared->quiet)))) pause();
         watchdog.spins = 0;
     }
     __device__ __forceinline__ void pause() {
@@ -271,7 +271,7 @@ __device__ __forceinline__ void project_back(Consumer& c, const BatchArguments& 
 }
 
 __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a, Shared& shared, GridBarrier& barrier, u32& product, int layer, int parity) {
-    Finish base{&c, &a, &shared.rows, shared.inverse};
+    Finish base{&c, &a, &shared.rows, shared.inverse, &shared.quiet};
     bool full = is_full(layer);
     c.enter(PHASE_INPUT, layer);
     if (full) {
@@ -280,12 +280,13 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         barrier.meet(c);
         c.enter(PHASE_ATTENTION, layer);
         attend_rows(c, a, shared.rows, shared.first_item, shared.attention, layer);
+        hush(&shared.quiet);
         barrier.meet(c);
         c.enter(PHASE_MERGE, layer);
         merge_rows(c, a, shared.rows);
         barrier.arrive(c);
     } else {
-        LinearProjection finish{{base}, linear_layer(a, layer), layer, shared.taps};
+        LinearProjection finish{{base}, layer, shared.taps};
         gemm_normed<PROJECTED_LINEAR>(c, (Sums*)shared.sums, a.input, finish);
         barrier.meet(c);
         c.enter(PHASE_DELTA_RULE, layer);
@@ -302,7 +303,9 @@ __device__ __forceinline__ void step_layer(Consumer& c, const BatchArguments& a,
         if (input == a.activated) prefetch_windows(c, a, shared.rows, layer + 1);
         ResidualUpdate update{base, norm, shared.residual, shared.squares};
         project_back(c, a, shared, input, width, update, product);
-        barrier.meet(c);
+        barrier.arrive(c);
+        if (input == a.activated) load_taps(c, a, shared.taps, layer + 1);
+        barrier.wait(c);
         if (input == a.activated) break;
         Activation activation{{base}};
         gemm_normed<2 * INTERMEDIATE>(c, (Sums*)shared.sums, a.input, activation);
@@ -446,12 +449,13 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
     Consumer c{ring, {0, 0, 0}, 0, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, {a.report, a.spin_limit, 0, 0, 0, 0}};
     c.locate();
     u32 passes = 0, product = a.first_product;
-    GridBarrier barrier{a, 0, &shared.passed};
+    GridBarrier barrier{a, 0, &shared.passed, &shared.quiet};
 #pragma unroll 1
     for (int step = 0; step < a.steps; ++step) {
         if (a.times && c.block == 0 && c.thread == 0) a.times[shared.passed = 0] = nanoseconds();
         embed(c, a, shared);
         prefetch_windows(c, a, shared.rows, 0);
+        load_taps(c, a, shared.taps, 0);
         if (c.warp == 0) {
             count_items(c, a, shared.rows, shared.first_item);
             __threadfence_block();
@@ -472,7 +476,7 @@ __device__ __forceinline__ void consume(const BatchArguments& a, Shared& shared,
         fence_async();  // the next step's states are fetched by bulk copies
         c.enter(PHASE_TOKEN, LAYERS);
         if (c.block == 0 && c.thread == 0) store_relaxed(a.stop, cancel);
-        TokenScores finish{{{&c, &a, &shared.rows, shared.inverse}}};
+        TokenScores finish{{{&c, &a, &shared.rows, shared.inverse, &shared.quiet}}};
         gemm_normed<VOCAB>(c, (Sums*)shared.sums, a.input, finish);
         consumer_barrier();
 #pragma unroll 1
@@ -509,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch(const __grid_cons
     if (threadIdx.x == 0) {
         ring_init(ring);
         for (int i = 0; i < CONSUMER_WARPS; ++i) shared.released[i] = 0;
-        shared.landed = shared.total = shared.finished = 0;
+        shared.landed = shared.total = shared.finished = shared.quiet = 0;
         shared.counted = 0;
     }
     begin_rows(a, shared.rows);

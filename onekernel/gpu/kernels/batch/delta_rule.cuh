@@ -166,6 +166,7 @@ __device__ __forceinline__ void delta_rules(Consumer& c, const BatchArguments& a
 #pragma unroll
         for (int w = 0; w < CONSUMER_WARPS; ++w) total += squares[2 * half + turn][w];
         turn ^= 1;
+        if (last && (int)(*c.ring.landed - c.next.stage) >= 0) hush(barrier.quiet);
         float inverse = rsqrtf(total / VALUE_HEAD_DIM + NORM_EPS);
 #pragma unroll
         for (int j = 0; j < SETS; ++j) {

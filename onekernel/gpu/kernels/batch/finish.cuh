@@ -45,8 +45,10 @@ struct Finish {
     const Consumer* consumer;
     const BatchArguments* arguments;
     const Rows* rows;
-    float* inverse;  // shared: 1 / rms of each row's input
+    float* inverse;       // shared: 1 / rms of each row's input
+    volatile u32* quiet;  // shared: see hush
 
+    __device__ __forceinline__ void hush_producer() { hush(quiet); }
     __device__ __forceinline__ void begin(int) {}
     __device__ __forceinline__ void prepare(int, int, int, int) {}
     __device__ __forceinline__ void end(int) {}
@@ -66,9 +68,8 @@ constexpr int LINEAR_ROWS = 8 * (((PROJECTED_LINEAR + 7) / 8 + BLOCKS - 1) / BLO
 // in_proj: q, k, v pass the causal convolution (this thread alone has the channel's window) and SiLU; z becomes gate =
 // norm weight * silu(z); b becomes beta; a becomes the log of the decay.
 struct LinearProjection : NormedFinish {
-    LinearLayer layer;
-    int index;     // of the layer
-    float4* taps;  // shared [LINEAR_ROWS]: of this block's rows what they need of the parameters
+    int index;           // of the layer
+    const float4* taps;  // shared: see load_taps
     float4 window[NormedPlace::UNITS][NormedPlace::ELEMENTS];  // where they do not come through the ring
     const u8* stage;    // where they do; of rows stage_first and up
     int stage_first;
@@ -79,25 +80,6 @@ struct LinearProjection : NormedFinish {
         stage = c.ring.slots + c.next.slot * STAGE_BYTES, stage_first = first;
         c.next.advance();
         return true;
-    }
-    __device__ __forceinline__ void begin(int pass) {
-        NormedFinish::begin(pass);
-        if (pass) return;
-        constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
-        int first = 8 * first_group(GROUPS, consumer->block), end = min(8 * first_group(GROUPS, consumer->block + 1), PROJECTED_LINEAR);
-#pragma unroll 1
-        for (int row = first + consumer->thread; row < end; row += CONSUMER_WARPS * 32) {
-            float4 t = make_float4(0, 0, 0, 0);
-            if (row < CONV_DIM) {
-                t = load_constant4(layer.conv_weight + 4 * row);
-            } else if (row < CONV_DIM + VALUE_DIM) {
-                t.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
-            } else if (row >= PROJECTED_LINEAR - VALUE_HEADS) {
-                t.x = load_constant(layer.dt_bias + row - (PROJECTED_LINEAR - VALUE_HEADS));
-                t.y = load_constant(layer.negative_decay_rate + row - (PROJECTED_LINEAR - VALUE_HEADS));
-            }
-            taps[row - first] = t;
-        }
     }
     __device__ __forceinline__ void prepare(int unit, int pass, int first, int count) {
         if (WINDOWS_IN_RING || first >= CONV_DIM) return;
@@ -133,13 +115,32 @@ struct LinearProjection : NormedFinish {
     }
 };
 
-// Asks for the conv windows (and weights) that this block's LinearProjection will want: they are in memory, and a product is short.
+// Of this block's rows of in_proj what they need of the parameters: they do not depend on the step, and come ahead of it.
+__device__ __forceinline__ void load_taps(const Consumer& c, const BatchArguments& a, float4* taps, int index) {
+    constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
+    if (index >= LAYERS || is_full(index)) return;
+    LinearLayer layer = linear_layer(a, index);
+    int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), PROJECTED_LINEAR);
+#pragma unroll 1
+    for (int row = first + c.thread; row < end; row += CONSUMER_WARPS * 32) {
+        float4 t = make_float4(0, 0, 0, 0);
+        if (row < CONV_DIM) {
+            t = load_constant4(layer.conv_weight + 4 * row);
+        } else if (row < CONV_DIM + VALUE_DIM) {
+            t.x = load_constant(layer.gated_norm + (row - CONV_DIM) % VALUE_HEAD_DIM);
+        } else if (row >= PROJECTED_LINEAR - VALUE_HEADS) {
+            t.x = load_constant(layer.dt_bias + row - (PROJECTED_LINEAR - VALUE_HEADS));
+            t.y = load_constant(layer.negative_decay_rate + row - (PROJECTED_LINEAR - VALUE_HEADS));
+        }
+        taps[row - first] = t;
+    }
+}
+
+// Asks for the conv windows that this block's LinearProjection will want: they are in memory, and a product is short.
 __device__ __forceinline__ void prefetch_windows(const Consumer& c, const BatchArguments& a, const Rows& rows, int layer) {
     constexpr int GROUPS = (PROJECTED_LINEAR + 7) / 8;
-    if (layer >= LAYERS || is_full(layer)) return;
+    if (WINDOWS_IN_RING || layer >= LAYERS || is_full(layer)) return;
     int first = 8 * first_group(GROUPS, c.block), end = min(8 * first_group(GROUPS, c.block + 1), CONV_DIM), lines = (end - first + 7) / 8;
-    if (c.thread < lines) prefetch_l2(linear_layer(a, layer).conv_weight + 4 * (first + 8 * c.thread));
-    if (WINDOWS_IN_RING) return;
 #pragma unroll 1
     for (int i = c.thread; i < a.rows * lines; i += CONSUMER_WARPS * 32)
         if (int n = i / lines; rows.kind[n]) prefetch_l2(conv_window(rows.state[n], layer) + 4 * (first + 8 * (i % lines)));
@@ -164,12 +165,16 @@ struct ResidualUpdate : Finish {
     const float* weight;  // of the norm that comes next
     float (*residual)[BATCH_COLUMNS];  // shared: [own row][row of the batch]
     float (*squares)[BATCH_COLUMNS];   // shared: [pair of own groups][row of the batch]
+    float scale;
 
+    __device__ __forceinline__ void prepare(int, int, int first, int count) {
+        int local = ResidualPlace::row(*consumer);
+        scale = local < count ? load_constant(weight + first + local) : 0.0f;
+    }
     template <class Sum>
     __device__ __forceinline__ void operator()(int, int pass, int first, int count, Sum sum) {
         int own = first - 8 * first_group(HIDDEN / 8, consumer->block), local = ResidualPlace::row(*consumer);
         bool valid = local < count;
-        float scale = valid ? load_constant(weight + first + local) : 0.0f;
         each_element<ResidualPlace>(*consumer, [&](int i, int, int column) {
             int n = pass * PASS_COLUMNS + column;
             float x = 0;

@@ -229,6 +229,7 @@ __device__ __forceinline__ void gemm(Consumer& c, Sums* sums, const u8* input, i
             }
             consumer_barrier();
             bool windows = finish.take_windows(c, 8 * batch);
+            if (pass == PASSES - 1 && batch + 2 * Place::PAIRS_AT_ONCE >= end) finish.hush_producer();
 #pragma unroll
             for (int unit = 0; unit < Place::UNITS; ++unit) {
                 const float* row = sums[c.buffer][0] + Place::pair(c, unit) * PAIR_SUMS + Place::row(c) * SUM_STRIDE;
@@ -334,6 +335,7 @@ __device__ __forceinline__ void gemm_wide(Consumer& c, Sums* sums, const u8* inp
                     }
             group_barrier(2 + Place::column_warp(c), 32 * Place::PARTS);
             bool windows = finish.take_windows(c, 8 * group);
+            if (pass == PASSES - 1 && group + 2 >= end) finish.hush_producer();
             if (Place::group(c) == 0 || rows == 16)
                 finish(0, pass, 8 * group, rows, [&](int i) {
                     auto of = [&](int p) { return p == part ? own[i] : (*exchange)[p][Place::own_exchanged(c, i)][c.lane]; };

@@ -137,6 +137,7 @@ __device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a,
 #pragma unroll 1
         for (int group = begin; group < end; group += 2) {
             int count = group + 1 < end ? 16 : 8, row = ResidualPlace::row(c);
+            finish.prepare(0, pass, 8 * group, count);
             u64 sums[COLUMNS][CONSUMER_WARPS] = {};
             if (row < count) {
                 const u64* from = slice_sums(a, c.block, pass, 0) + 8 * (group - rows.first) + row + ResidualPlace::column(c, 0) * SHARED_ROWS;
@@ -157,6 +158,7 @@ __device__ __forceinline__ void gemm_split(Consumer& c, const BatchArguments& a,
                 } while (!all);
             }
             __syncwarp();
+            if (pass == PASSES - 1 && group + 2 >= end) finish.hush_producer();
             finish(0, pass, 8 * group, count, [&](int i) { return sum_of_slices([&](int slice) { return __uint_as_float((u32)sums[i][slice]); }); });
         }
         finish.end(pass);

@@ -91,16 +91,26 @@ __device__ __forceinline__ void await_stage(Consumer& c, u32 stage) {
     asm volatile("" ::: "memory");
 }
 
+// Asks the producer for silence: copies on their way make a release wait. Once everything that this phase takes from the
+// ring has landed, and until this block has arrived at the barrier.
+__device__ __forceinline__ void hush(volatile u32* quiet) {
+    if (HUSHES && thread_index() == 0) *quiet = 1;
+}
+
 // The barrier over all blocks, in two halves: what lies between them may use nothing that other blocks write.
 struct GridBarrier {
     const BatchArguments& a;
     u32 target;
-    u32* passed;  // shared: barriers in this step
+    u32* passed;          // shared: barriers in this step
+    volatile u32* quiet;  // shared: see hush
 
     __device__ __forceinline__ void arrive(Consumer& c) {
         target += BLOCKS;
         consumer_barrier();
-        if (thread_index() == 0) arrive_at(a.barrier);
+        if (thread_index() == 0) {
+            arrive_at(a.barrier);
+            if (HUSHES) *quiet = 0;
+        }
     }
     __device__ __forceinline__ void wait(Consumer& c) {
         if (thread_index() == 0) {

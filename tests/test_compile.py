@@ -20,7 +20,7 @@ from onekernel.gpu import compile as compiler
 from onekernel.gpu.batch_decoder import batch_source
 from onekernel.gpu.batch_layout import BatchLayout
 from onekernel.gpu.chips import CHIPS
-from onekernel.gpu.compile import ARCHITECTURES, compile_cached, compile_source
+from onekernel.gpu.compile import ARCHITECTURES, compile_all, compile_cached, compile_source
 from onekernel.gpu.kernel import decode_source
 from onekernel.gpu.layout import Layout
 from onekernel.gpu.prefill_layout import PrefillLayout
@@ -137,6 +137,20 @@ def test_second_start_takes_the_kernel_from_the_cache(cache: Path, compiled: lis
     assert capsys.readouterr().err == ""
     assert compiled == ["sm_80"]
     assert [path.suffix for path in cache.iterdir()] == [".cubin"]  # nothing half-written is left
+
+
+def test_versions_are_compiled_together_and_said_in_one_line(cache: Path, compiled: list[str], capsys) -> None:
+    one = compile_cached(KERNEL % 1, "sm_80", "test")
+    capsys.readouterr()
+    three = compile_all([KERNEL % 2, KERNEL % 1, KERNEL % 3], "sm_80", "test")
+    said = capsys.readouterr().err
+    assert said.startswith("onekernel: compiling 2 versions of the test kernel for sm_80 (once) ... ")
+    assert said.count("\n") == 1
+    assert three[1] == one
+    assert len({*three}) == 3
+    assert compile_all([KERNEL % 2, KERNEL % 1, KERNEL % 3], "sm_80", "test") == three
+    assert capsys.readouterr().err == ""
+    assert len(compiled) == 3
 
 
 def test_another_source_architecture_or_compiler_is_another_entry(cache: Path, compiled, monkeypatch) -> None:

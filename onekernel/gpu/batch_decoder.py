@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from onekernel.errors import BackendError, InvalidRequest, NotEnoughMemory, OnekernelError
 from onekernel.gpu.batch_layout import BUCKETS, BatchArguments, BatchLayout, BatchRow, bucket_of, most_splits
-from onekernel.gpu.compile import compile_cached
+from onekernel.gpu.compile import compile_all
 from onekernel.gpu.decoder import POLL, Decoder, State, stopped_itself
 from onekernel.gpu.driver import LOST, check
 from onekernel.gpu.kernel import CooperativeKernel
@@ -80,8 +79,7 @@ class BatchDecoder:
         from cuda.core import Program  # noqa: F401  (now: its first import must not be by several threads at once)
 
         sources = {bucket: batch_source(layout) for bucket, layout in self.layouts.items()}
-        with ThreadPoolExecutor(len(sources)) as compilers:
-            list(compilers.map(lambda source: compile_cached(source, gpu.arch, "batch"), sources.values()))
+        compile_all(list(sources.values()), gpu.arch, "batch")
         self.kernels = {
             bucket: CooperativeKernel(gpu, "batch", source, decoder.layout.blocks) for bucket, source in sources.items()
         }

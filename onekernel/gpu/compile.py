@@ -10,6 +10,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,20 +45,32 @@ class Resources:
 
 
 def compile_cached(source: str, arch: str, name: str) -> bytes:
-    """The cubin of `source` for `arch`, from the cache or compiled now (then one line on stderr says so).
+    """The cubin of `source` for `arch`, see compile_all."""
+    return compile_all([source], arch, name)[0]
+
+
+def compile_all(sources: Sequence[str], arch: str, name: str) -> list[bytes]:
+    """The cubins of versions of one kernel, from the cache or compiled now, all at once; one line on stderr says so.
 
     An entry is named by the hash of source, architecture and compiler version, and carries the hash of its content: a
     damaged one is built again. Writes are atomic, so that several processes may share the cache.
+
+    Raises: see compile_source.
     """
-    path = cache_path(source, arch)
-    if (cubin := _read_entry(path)) is not None:
-        return cubin
-    print(f"onekernel: compiling the {name} kernel for {arch} (once) ...", end=" ", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    cubin, _ = compile_source(source, arch, name)
-    print(f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-    write_entry(path, cubin)
-    return cubin
+    paths = [cache_path(source, arch) for source in sources]
+    cubins = [_read_entry(path) for path in paths]
+    missing = [i for i, cubin in enumerate(cubins) if cubin is None]
+    if missing:
+        what = f"the {name} kernel" if len(missing) == 1 else f"{len(missing)} versions of the {name} kernel"
+        print(f"onekernel: compiling {what} for {arch} (once) ...", end=" ", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(missing)) as compilers:
+            made = list(compilers.map(lambda i: compile_source(sources[i], arch, name)[0], missing))
+        print(f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        for i, cubin in zip(missing, made, strict=True):
+            write_entry(paths[i], cubin)
+            cubins[i] = cubin
+    return [cubin for cubin in cubins if cubin is not None]
 
 
 def cache_path(source: str, arch: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onekernel.errors import BackendError, NotEnoughMemory
-from onekernel.gpu.compile import compile_cached
+from onekernel.gpu.compile import compile_all, compile_cached
 from onekernel.gpu.decoder import REPORT, Decoder, State
 from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import check
@@ -83,11 +83,12 @@ class Prefiller:
         """
         self.decoder, self.layout, self.shape = decoder, layout, layout.shape
         gpu = decoder.gpu
-        self._wide = _Kernel(gpu, layout)
-        self._narrow: _Kernel | None = None
+        narrow = None
         if gpu.arch == "sm_90a":
             narrow = PrefillLayout.plan(layout.decode, gpu.sm_count, gpu.shared_memory, gpu.arch, narrow=True)
-            self._narrow = _Kernel(gpu, narrow) if narrow else None
+        compile_all([prefill_source(plan) for plan in (layout, narrow) if plan], gpu.arch, "prefill")
+        self._wide = _Kernel(gpu, layout)
+        self._narrow = _Kernel(gpu, narrow) if narrow else None
         self.matrix_offsets = DeviceBuffer.of(matrix_offsets(self.shape, layout.decode.blocks))
         self.barrier = DeviceBuffer(4)
         self.times = DeviceBuffer(8 * (layout.phases + 1))

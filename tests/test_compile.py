@@ -263,6 +263,14 @@ def test_compile_verb_says_where_a_chip_does_without_the_prefill_kernel(cache: P
     assert "no prefill kernel for sm_75: its shared memory is too small" in output.err
 
 
+def test_compile_verb_compiles_for_many_sequences_on_request(cache: Path, capsys) -> None:
+    assert main(["compile", "--model", "demo", "--arch", "sm_90a", "--sequences", "9", "--json"]) == 0
+    kernels = [result["kernel"] for result in json.loads(capsys.readouterr().out)]
+    assert kernels == ["decode", "prefill", "prefill", "batch", "batch"]  # for up to 8 and up to 16
+    assert main(["compile", "--model", "demo", "--arch", "sm_90a", "--sequences", "257"]) != 0
+    assert "257" in capsys.readouterr().err
+
+
 def test_compile_verb_says_what_it_needs(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["compile", "--arch", "sm_60"]) == 2
     assert "arch = 'sm_60' is unknown" in capsys.readouterr().err

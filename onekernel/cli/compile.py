@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from onekernel.cli import options
 from onekernel.errors import BackendError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ EXAMPLES = (
     "onekernel compile",
     "onekernel compile --model 0.8b --arch sm_86",
     "onekernel compile --model demo --arch all --json",
+    "onekernel compile --model 0.8b --sequences 256",
 )
 ALL = "all"
 TOO_SMALL = "its shared memory is too small, and prompts go through the decode kernel"
@@ -58,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="such as sm_86, for a well-known chip of that architecture; may be repeated; all is every one "
         "(default: exactly the GPU of this machine)",
     )
+    parser.add_argument(
+        "--sequences",
+        type=options.positive,
+        metavar="N",
+        help="also the kernels for up to N sequences at once; `serve` and `batch` use those for up to 256",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON array when done")
 
 
@@ -65,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     shape, vocabulary_size = _dimensions(arguments.model)
     results = []
     for arch, chip in _targets(arguments.arch):
-        for kernel, source in _sources(shape, vocabulary_size, arch, chip):
+        for kernel, source in _sources(shape, vocabulary_size, arch, chip, arguments.sequences):
             if source is None:
                 print(f"onekernel: no {kernel} kernel for {arch}: {TOO_SMALL}", file=sys.stderr)
                 continue
@@ -107,19 +115,27 @@ def _targets(asked: list[str] | None) -> list[tuple[str, Chip]]:
     return [(arch, chip_of(arch)) for arch in names]
 
 
-def _sources(shape: Shape, vocabulary_size: int, arch: str, chip: Chip) -> Iterator[tuple[str, str | None]]:
+def _sources(
+    shape: Shape, vocabulary_size: int, arch: str, chip: Chip, sequences: int | None
+) -> Iterator[tuple[str, str | None]]:
     """The kernels that CudaBackend loads for this model on this chip; None where it does without."""
+    from onekernel.gpu.batch_decoder import batch_source, layouts_for
+    from onekernel.gpu.batch_layout import BUCKETS, bucket_of
     from onekernel.gpu.kernel import decode_source
     from onekernel.gpu.layout import Layout
     from onekernel.gpu.prefill_layout import PrefillLayout
     from onekernel.gpu.prefiller import prefill_source
 
+    most = bucket_of(sequences) if sequences else 0
     layout = Layout.plan(shape, vocabulary_size, chip.sm_count, chip.shared_memory)
     yield "decode", decode_source(layout)
     plans = PrefillLayout.plans(layout, chip.sm_count, chip.shared_memory, arch)
     yield from (("prefill", prefill_source(plan)) for plan in plans)
     if not plans:
         yield "prefill", None
+    if most:
+        versions = layouts_for(layout, [bucket for bucket in BUCKETS if bucket <= most])
+        yield from (("batch", batch_source(version)) for version in versions.values())
 
 
 def _compile(kernel: str, source: str, model: str, arch: str, chip: Chip) -> Compiled:

@@ -38,6 +38,7 @@ class PrefillLayout:
     blocks: int
     token_tile: int
     narrow: bool  # for few tokens: see gemm.cuh
+    pairs: bool  # of blocks that share the tokens of a product
     gemm_stages: int  # steps whose tokens have a place in shared memory
     chunk_buffers: int  # items of delta_chunks whose rows have a place in shared memory
     scan_columns: int
@@ -73,6 +74,7 @@ class PrefillLayout:
             blocks=sm_count,
             token_tile=token_tile,
             narrow=narrow,
+            pairs=wgmma and not narrow and sm_count % 2 == 0,
             gemm_stages=gemm_stages,
             chunk_buffers=min(2, (room - CHUNK_SCRATCH) // CHUNK_ROWS),
             scan_columns=columns,
@@ -105,6 +107,7 @@ class PrefillLayout:
         return self.decode.constants() | {
             "TOKEN_TILE": self.token_tile,
             "NARROW_TILES": self.narrow,
+            "PAIRS": self.pairs,
             "GEMM_STAGES": self.gemm_stages,
             "CHUNK_BUFFERS": self.chunk_buffers,
             "SCAN_COLUMNS": self.scan_columns,
@@ -115,17 +118,19 @@ class PrefillLayout:
 
     def declarations(self) -> str:
         """C++ that is generated: the argument struct, and the wgmma instruction for this tile of tokens."""
-        return f"{enums()}\n{PrefillArguments.source()}\n{wgmma_source(self.token_tile, self.scan_columns)}"
+        cluster = f"#define CLUSTER {'__cluster_dims__(2, 1, 1)' * self.pairs}"
+        return f"{enums()}\n{cluster}\n{PrefillArguments.source()}\n{wgmma_source(self.token_tile, self.scan_columns)}"
 
     def splits(self, tokens: int, columns: int) -> int:
         """In how many parts the columns of a projection back to the hidden size are dealt, so that all blocks work."""
         row_tile = ROW_TILE // 3 if self.narrow else ROW_TILE
-        tiles = -(-self.shape.hidden // row_tile) * -(-tokens // self.token_tile)
+        together = 2 if self.pairs else 1
+        tiles = -(-self.shape.hidden // (row_tile * together)) * -(-tokens // self.token_tile)
         steps = columns // STEP_COLUMNS
 
         def cost(splits: int) -> float:
             """In steps of one tile; writing and reading back one split of a tile counts like 3 of them."""
-            waves = -(-tiles * splits // self.blocks)
+            waves = -(-tiles * splits // (self.blocks // together))
             return waves * (-(-steps // splits) + 3.0)
 
         return min(range(1, MOST_SPLITS + 1), key=cost)

@@ -54,9 +54,15 @@ class _Kernel:
         from cuda.bindings import driver
 
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        grid, block = (self.layout.blocks, 1, 1), (self.threads, 1, 1)
-        launch = driver.cuLaunchCooperativeKernel
-        check(launch(self.function, *grid, *block, self.shared_bytes, stream, ctypes.addressof(pointers)))
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self.layout.blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.shared_bytes, stream
+        config.attrs, config.numAttrs = [cooperative], 1
+        check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
     def close(self) -> None:
         from cuda.bindings import driver

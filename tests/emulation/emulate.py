@@ -52,6 +52,7 @@ MAIN = """
 static const PrefillArguments* given;
 extern "C" int emulate(const PrefillArguments* a, int blocks) {
     given = a;
+    cluster_size = PAIRS ? 2 : 1;
     return run_fibers(blocks, PREFILL_THREADS, [] { prefill(*given); });
 }
 """

@@ -141,7 +141,7 @@ __device__ __forceinline__ void ask(const PrefillArguments& a, const u8* memory,
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const __grid_constant__ PrefillArguments a) {
+extern "C" __global__ void CLUSTER __launch_bounds__(PREFILL_THREADS, 1) prefill(const __grid_constant__ PrefillArguments a) {
     extern __shared__ __align__(1024) u8 memory[];  // the 128-byte swizzle repeats every 1,024
     if (shared_address(memory) % 1024) fault();
     u32 arrivals = 0;
@@ -151,12 +151,15 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
     passage.init();
     ring.init();
     handshake.init();
+    if (PAIRS) cluster_barrier();
     __syncthreads();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     // Once, for good, before anything that a register would have to keep: see model.cuh.
     if (thread_index() >= WORKERS) {
         fewer_registers<32>();
-        return ask(a, memory, ring, handshake, passage);
+        ask(a, memory, ring, handshake, passage);
+        if (PAIRS) cluster_barrier();
+        return;
     }
     more_registers<160>();
 #endif
@@ -165,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
         run_phase(a, phase, memory, ring, handshake, passage);
         arrivals += gridDim.x;
         if (phase + 1 < a.end_phase) {
+            if (PAIRS) fence_async_shared();  // the other block may write to this one's memory as soon as the barrier is passed
             worker_sync();
             if (thread_index() == 0) {
                 Watchdog watchdog{a.report, a.spin_limit, 0, 0, PHASE_NONE, (u32)phase};
@@ -174,4 +178,5 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill(const _
         }
         if (a.times && block_index() == 0 && thread_index() == 0) a.times[phase] = nanoseconds();
     }
+    if (PAIRS) cluster_barrier();  // a block's memory lives as long as the other may write to it
 }

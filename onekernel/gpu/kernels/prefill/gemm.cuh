@@ -13,6 +13,7 @@
 #include "primitive/wgmma.cuh"
 
 constexpr int TOKEN_FRAGMENTS = TOKEN_TILE / 8;
+constexpr int BLOCKS_A_TILE = PAIRS ? 2 : 1;  // that make neighbouring tiles of rows from the same tokens, each bringing half of these to both
 constexpr int ROW_GROUPS = 3;  // groups of four warps that multiply: each has 64 rows
 constexpr int ROW_TILE = NARROW ? 64 : 64 * ROW_GROUPS;
 constexpr int GEMM_RING = GEMM_STAGES * TOKENS_BYTES;
@@ -153,13 +154,20 @@ struct TokenRing {
             *used = 0;
             for (int i = 0; i < GEMM_STAGES; ++i) {
                 barrier_init(full(i), 1);
-                barrier_init(free(i), NARROW ? 1 : ROW_GROUPS);
+                barrier_init(free(i), NARROW ? 1 : ROW_GROUPS * BLOCKS_A_TILE);
             }
             barrier_init_fence();
         }
     }
     // By one thread.
     __device__ __forceinline__ void fill(const u8* from, u32 step) const {
+        if (PAIRS) {
+            if (step >= GEMM_STAGES) barrier_wait_cluster(free(step), step / GEMM_STAGES - 1 & 1);
+            barrier_expect(full(step), TOKENS_BYTES);
+            u32 half = cluster_rank() * (TOKENS_BYTES / 2);
+            bulk_load_pair(stage(step) + half, from + half, TOKENS_BYTES / 2, full(step));
+            return;
+        }
         if (step >= GEMM_STAGES) barrier_wait(free(step), step / GEMM_STAGES - 1 & 1);
         barrier_expect(full(step), TOKENS_BYTES);
         bulk_load(stage(step), from, TOKENS_BYTES, full(step));
@@ -167,7 +175,11 @@ struct TokenRing {
     __device__ __forceinline__ void await(u32 step) const { barrier_wait(full(step), step / GEMM_STAGES & 1); }
     // By all groups that read the step.
     __device__ __forceinline__ void release(u32 step) const {
-        if (thread_index() % 128 == 0) barrier_arrive(free(step));
+        if (PAIRS) {
+            if (thread_index() % 128 < 2) barrier_arrive_at(free(step), thread_index() % 128);
+        } else if (thread_index() % 128 == 0) {
+            barrier_arrive(free(step));
+        }
     }
 #else
     __device__ __forceinline__ void init() {
@@ -181,6 +193,10 @@ struct TokenRing {
 #endif
 };
 
+// The items of a block are first_item() and every item_step()-th from there; those of a pair are the same.
+__device__ __forceinline__ int first_item() { return block_index() / BLOCKS_A_TILE; }
+__device__ __forceinline__ int item_step() { return gridDim.x / BLOCKS_A_TILE; }
+
 // One tile of a product: the tiles are numbered in the order in which the blocks take them.
 struct Tile {
     int row_tile, token_tile, split;
@@ -188,20 +204,20 @@ struct Tile {
 
     template <class P>  // a Product, or one in shared memory
     __device__ __forceinline__ Tile(const P& p, int item) {
-        u32 token_tiles = (u32)(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, row_tiles = (u32)(p.rows + ROW_TILE - 1) / (ROW_TILE);
+        u32 token_tiles = (u32)(p.tokens + TOKEN_TILE - 1) / TOKEN_TILE, row_tiles = (u32)(p.rows + ROW_TILE * BLOCKS_A_TILE - 1) / (ROW_TILE * BLOCKS_A_TILE);
         u32 all = p.columns / STEP_COLUMNS, splits = p.splits, rest = (u32)item / token_tiles;
         token_tile = item - rest * token_tiles, split = rest / row_tiles;
-        row_tile = (rest - split * row_tiles);
+        row_tile = (rest - split * row_tiles) * BLOCKS_A_TILE + (PAIRS ? cluster_rank() : 0);
         first = all * split / splits, steps = all * (split + 1) / splits - first;
     }
 };
 template <class P>
 __device__ __forceinline__ int tile_count(const P& p) {
-    return (p.tokens + TOKEN_TILE - 1) / TOKEN_TILE * ((p.rows + ROW_TILE - 1) / (ROW_TILE)) * p.splits;
+    return (p.tokens + TOKEN_TILE - 1) / TOKEN_TILE * ((p.rows + ROW_TILE * BLOCKS_A_TILE - 1) / (ROW_TILE * BLOCKS_A_TILE)) * p.splits;
 }
 // The tokens of the step that comes `ahead` steps after the first of `item`, or null behind the last.
 __device__ __forceinline__ const u8* tokens_ahead(const volatile Product& p, int item, int ahead) {
-    for (int count = tile_count(p); item < count; item += gridDim.x) {
+    for (int count = tile_count(p); item < count; item += item_step()) {
         Tile tile(p, item);
         if (ahead < tile.steps) return (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first + ahead) * TOKENS_BYTES;
         ahead -= tile.steps;
@@ -240,7 +256,7 @@ __device__ __forceinline__ void ask_for_tokens(const TokenRing& ring, const u8* 
     const Product p = product_in_shared(memory);
     {
 #pragma unroll 1
-        for (int item = block_index(); item < tile_count(p); item += gridDim.x) {
+        for (int item = first_item(); item < tile_count(p); item += item_step()) {
             Tile tile(p, item);
             const u8* from = (const u8*)p.input + ((long long)tile.token_tile * (p.columns / STEP_COLUMNS) + tile.first) * TOKENS_BYTES;
 #pragma unroll 1
@@ -266,7 +282,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
             to = to < WEIGHTS_AHEAD ? to + 1 : 0;
         }
     };
-    int item = block_index();
+    int item = first_item();
     load_first(item);
 #pragma unroll 1
     while (item < tile_count(p)) {
@@ -293,13 +309,13 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
             }
             used += steps;
         }
-        item += gridDim.x;
+        item += item_step();
         load_first(item);
         if (NARROW) {
             add_groups(acc, group, ring.shared + GEMM_RING + WEIGHT_RING + ROW_GROUPS * STORE_BYTES);
             if (group) continue;
         }
-        Tile tile(p, item - gridDim.x);
+        Tile tile(p, item - item_step());
         finish_tile(a, p, tile.row_tile * ROW_TILE + (NARROW ? 0 : group * 64), tile.token_tile * TOKEN_TILE, tile.split, acc,
                     ring.shared + GEMM_RING + WEIGHT_RING + group * STORE_BYTES);
     }
@@ -312,7 +328,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
     auto ask = [&](int item, int ahead) {  // for the tokens of one more step
         if (const u8* from = tokens_ahead(p, item, ahead)) ring.fill(from, used + ahead);
     };
-    int item = block_index();
+    int item = first_item();
 #pragma unroll 1
     for (int i = 0; i < WEIGHTS_AHEAD; ++i) ask(item, i);
     const u32 weights = ring.shared + GEMM_RING + thread_index() / 32 * 2048 + thread_index() % 32 * 16;
@@ -355,9 +371,9 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
             }
             used += steps;
         }
-        item += gridDim.x;
+        item += item_step();
         fetch_first();
-        Tile tile(p, item - gridDim.x);
+        Tile tile(p, item - item_step());
         finish_tile(a, p, tile.row_tile * ROW_TILE + group * 64, tile.token_tile * TOKEN_TILE, tile.split, acc,
                     ring.shared + GEMM_RING + WEIGHT_RING + group * STORE_BYTES);
     }
@@ -369,7 +385,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& a, const 
 // Steps of all tiles of this block.
 __device__ __forceinline__ u32 steps_of_block(const volatile Product& p) {
     u32 steps = 0;
-    for (int item = block_index(); item < tile_count(p); item += gridDim.x) steps += Tile(p, item).steps;
+    for (int item = first_item(); item < tile_count(p); item += item_step()) steps += Tile(p, item).steps;
     return steps;
 }
 

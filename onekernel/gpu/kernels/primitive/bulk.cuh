@@ -32,12 +32,40 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     for (u32 tests = 0; !barrier_test(barrier, parity);)
         if (++tests > MOST_TESTS) fault();
 }
+// Pairs of blocks (clusters of two): the same place in both blocks' shared memory has the same address in each.
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// By all threads of both blocks.
+__device__ __forceinline__ void cluster_barrier() { asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory"); }
+// At the barrier of block `rank` of the pair.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(rank) : "memory");
+}
+__device__ __forceinline__ bool barrier_test_cluster(u32 barrier, u32 parity) {
+    u32 passed;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+    return passed;
+}
+// Into both blocks, and counted at the barriers of both.
+__device__ __forceinline__ void bulk_load_pair(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared), "l"(global), "r"(bytes),
+                 "r"(barrier), "h"((u16)3)
+                 : "memory");
+}
+
 // By a whole warp: what its lanes did before is done.
 __device__ __forceinline__ void warp_arrive(u32 barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 __device__ __forceinline__ void idle_for(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
+    for (u32 tests = 0; !barrier_test_cluster(barrier, parity);)
+        if (++tests > MOST_TESTS) fault();
+}
 // A group of four warps takes registers from the others of the block, or leaves them its own: a multiple of 8 a thread.
 template <int COUNT>
 __device__ __forceinline__ void more_registers() {
@@ -50,6 +78,8 @@ __device__ __forceinline__ void fewer_registers() {
 
 #else
 
+__device__ __forceinline__ u32 cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_barrier() {}
 __device__ __forceinline__ void fence_async() {}
 __device__ __forceinline__ void fence_async_shared() {}
 __device__ __forceinline__ void idle_for(u32) {}

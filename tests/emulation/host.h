@@ -358,7 +358,6 @@ template <int F> inline void wgmma_update(float (&acc)[F][4], u64 a, u64 b) {  /
     wgmma_half(acc, words, b);
 }
 inline void warp_arrive(u32 b) { __syncwarp(); if (threadIdx.x % 32 == 0) barrier_arrive(b); }
-inline void idle_for(u32) {}
 template <int COUNT> inline void more_registers() {}
 template <int COUNT> inline void fewer_registers() {}
 inline void take_registers() {}

@@ -118,7 +118,6 @@ __device__ __forceinline__ void run_phase(const PrefillArguments& a, int phase, 
 // behind the grid barriers without passing them.
 __device__ __forceinline__ void ask(const PrefillArguments& a, const u8* memory, const TokenRing& ring, const Handshake& handshake, const Passage& passage) {
     u32 step = 0, tiles = 0, carried = 0, turns = 0;
-    prefetch_behind(a, a.first_phase - 1, thread_index() - WORKERS, 128);
 #pragma unroll 1
     for (int phase = a.first_phase; phase < a.end_phase; ++phase) {
         const int layer = (phase - 1) / PHASES_A_LAYER, part = (phase - 1) % PHASES_A_LAYER;
@@ -126,8 +125,11 @@ __device__ __forceinline__ void ask(const PrefillArguments& a, const u8* memory,
             __syncthreads();
             fence_async();
             if (thread_index() == WORKERS) ask_for_tokens(ring, memory, step);
-            if (thread_index() >= WORKERS + 32) prefetch_behind(a, phase, thread_index() - (WORKERS + 32), 96);
             __syncwarp();
+            // Few tokens: what counts is the weights' way from device memory, which the mixer leaves idle.
+            if (NARROW && part == 0 && phase < PHASES)
+#pragma unroll 1
+                for (int product = 4; product < 8; product += product < 6 ? 2 : 1) prefetch_behind(a, phase + product - 1, thread_index() - WORKERS, 128);
         } else if (phase && part == 2) {
             if (is_full(layer))
                 bring(a, layer, memory, handshake, tiles);

@@ -62,10 +62,7 @@ __device__ __forceinline__ void prefetch_matrix(const PrefillArguments& a, int m
     for (int block = block_index(); block < BLOCKS; block += gridDim.x) {
         const u8* share = a.tape + a.matrix_offsets[matrix * BLOCKS + block];
         int bytes = (first_group(groups, block + 1) - first_group(groups, block)) * columns * 16;
-        for (int at = thread * 128; at < bytes; at += threads * 128) {
-            prefetch_l2(share + at);
-            if (WGMMA && !NARROW) idle_for(300);  // products are on their way meanwhile
-        }
+        for (int at = thread * 128; at < bytes; at += threads * 128) prefetch_l2(share + at);
     }
 }
 

@@ -61,7 +61,6 @@ __device__ __forceinline__ void warp_arrive(u32 barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
-__device__ __forceinline__ void idle_for(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
 __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
     for (u32 tests = 0; !barrier_test_cluster(barrier, parity);)
         if (++tests > MOST_TESTS) fault();
@@ -82,6 +81,5 @@ __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_barrier() {}
 __device__ __forceinline__ void fence_async() {}
 __device__ __forceinline__ void fence_async_shared() {}
-__device__ __forceinline__ void idle_for(u32) {}
 
 #endif

@@ -60,6 +60,8 @@ def complaints(report: dict, digest: str, pending: Sequence[dict] = (), tests: S
         said = f"{result['says']} {result.get('details', '')}"
         if not result["clean"] and not any(reason in said for reason in excuses):
             found.append(f"{tool}: {result['says']}")
+    if report.get("interrupted"):
+        found.append("the run was interrupted")
     if not any("test_soak" in test["name"] for test in report["tests"]):
         found.append("there is no soak")
     return found
@@ -97,6 +99,7 @@ def test_complaints_are_found() -> None:
         assert complaints({**good, "tests": [{"name": "test_soak.py::test_x", "outcome": outcome}]}, "abc")
     assert complaints({**good, "sanitizer": {"memcheck": {"clean": False, "says": "1 error"}}}, "abc")
     assert complaints({**good, "pytest_arguments": ["-k", "demo"]}, "abc")
+    assert complaints({**good, "interrupted": True}, "abc")
 
 
 def test_pending_excuses_one_error_of_one_test() -> None:

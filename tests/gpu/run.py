@@ -8,6 +8,7 @@ Arguments that it does not know go to pytest (-k soak, -x); a report of such a r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -15,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,9 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import recorder  # noqa: E402
 
 from onekernel.gpu import source  # noqa: E402
 from onekernel.gpu.compile import compiler_version  # noqa: E402
@@ -33,26 +37,37 @@ from onekernel.gpu.device import describe, find_gpu  # noqa: E402
 REPORTS = ROOT / "benchmarks" / "gpu"
 
 
-class Recorder:
-    """A pytest plugin that keeps every outcome, with what the test recorded."""
+# They take as long as all others together: beside them, in a process of their own.
+SOAKS = ("test_soak.py", "test_batch.py::test_many_tokens_of_many_sequences")
 
-    def __init__(self) -> None:
-        self.tests: list[dict[str, Any]] = []
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # A test that fails in its fixtures never comes to "call".
-        if report.when != "call" and report.outcome == "passed":
-            return
-        entry: dict[str, Any] = {
-            "name": report.nodeid.removeprefix("tests/gpu/").rsplit("@", 1)[0],  # xdist adds its group
-            "outcome": report.outcome,
-            "seconds": round(report.duration, 2),
-        }
-        if report.user_properties:
-            entry["measured"] = dict(report.user_properties)
-        if report.outcome != "passed":
-            entry["why"] = str(report.longrepr)[-2000:]
-        self.tests.append(entry)
+class Soaks:
+    """pytest over SOAKS in another process. A context manager: on the way out it ends with us."""
+
+    def __init__(self, options: list[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._record = Path(self._folder.name) / "tests.json"
+        environment = {**os.environ, recorder.FILE: str(self._record), "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+        if inherited := os.environ.get("PYTHONPATH"):
+            environment["PYTHONPATH"] += os.pathsep + inherited
+        command = [sys.executable, "-m", "pytest", *(str(HERE / name) for name in SOAKS), "-p", "recorder", *options]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
+
+    def wait(self) -> int:
+        """pytest's exit status."""
+        return self._process.wait()
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """So far."""
+        return json.loads(self._record.read_text()) if self._record.exists() else []
+
+    def __enter__(self) -> Soaks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
 
 
 def main() -> int:
@@ -65,16 +80,24 @@ def main() -> int:
 
     gpu = find_gpu()
     os.environ["ONEKERNEL_SOAK_TOKENS"] = os.environ["ONEKERNEL_BATCH_SOAK"] = str(arguments.soak_tokens)
-    recorder = Recorder()
+    found = recorder.Recorder()
     digest = source.digest()
     # Other versions of PyTorch and Transformers may warn of other things.
     options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
-    if arguments.processes > 1:
-        options += ["-n", str(arguments.processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
+    side_by_side = arguments.processes > 1
+    parallel = ["-n", str(arguments.processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
+    if side_by_side:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.processes)))
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as stack:
         sanitizer = beside.submit(_sanitize) if arguments.sanitizer else None
-        code = pytest.main([str(HERE), *options, *rest], plugins=[recorder])
+        soaks = stack.enter_context(Soaks([*options, *rest])) if side_by_side else None
+        apart = [f"--deselect={(HERE / name).relative_to(ROOT)}" for name in SOAKS] if soaks else []
+        others = [str(HERE), *options, *(parallel if side_by_side else []), *apart, *rest]
+        code = int(pytest.main(others, plugins=[found]))
+        if soaks:
+            if code != pytest.ExitCode.INTERRUPTED:
+                code = soaks.wait() or code
+            found.tests = soaks.outcomes() + found.tests
     report: dict[str, Any] = {
         "gpu": gpu.name,
         "compute_capability": ".".join(map(str, gpu.capability)),
@@ -88,8 +111,9 @@ def main() -> int:
         "kernel_sources": digest,
         "command": " ".join(["python", "tests/gpu/run.py", *sys.argv[1:]]),
         "pytest_arguments": rest,
-        "summary": Counter(test["outcome"] for test in recorder.tests),
-        "tests": recorder.tests,
+        "interrupted": code == pytest.ExitCode.INTERRUPTED,
+        "summary": Counter(test["outcome"] for test in found.tests),
+        "tests": found.tests,
     }
     if sanitizer:
         report["sanitizer"] = sanitizer.result()

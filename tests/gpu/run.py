@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-import recorder  # noqa: E402
+import outcomes  # noqa: E402
 
 from onekernel.gpu import source  # noqa: E402
 from onekernel.gpu.compile import compiler_version  # noqa: E402
@@ -47,10 +47,10 @@ class Soaks:
     def __init__(self, options: list[str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._record = Path(self._folder.name) / "tests.json"
-        environment = {**os.environ, recorder.FILE: str(self._record), "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+        environment = {**os.environ, outcomes.FILE: str(self._record), "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
         if inherited := os.environ.get("PYTHONPATH"):
             environment["PYTHONPATH"] += os.pathsep + inherited
-        command = [sys.executable, "-m", "pytest", *(str(HERE / name) for name in SOAKS), "-p", "recorder", *options]
+        command = [sys.executable, "-m", "pytest", *(str(HERE / name) for name in SOAKS), "-p", "outcomes", *options]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
 
     def wait(self) -> int:
@@ -80,7 +80,7 @@ def main() -> int:
 
     gpu = find_gpu()
     os.environ["ONEKERNEL_SOAK_TOKENS"] = os.environ["ONEKERNEL_BATCH_SOAK"] = str(arguments.soak_tokens)
-    found = recorder.Recorder()
+    found = outcomes.Recorder()
     digest = source.digest()
     # Other versions of PyTorch and Transformers may warn of other things.
     options = ["-q", "-p", "no:cacheprovider", "-W", "default"]

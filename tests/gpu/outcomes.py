@@ -1,6 +1,6 @@
 """A pytest plugin that keeps every outcome, with what the test recorded: for run.py, in its process or another.
 
-In another process: `-p recorder`, with the file for the outcomes in the environment variable ONEKERNEL_GPU_RECORD.
+In another process: `-p outcomes`, with the file for the outcomes in the environment variable ONEKERNEL_GPU_RECORD.
 """
 
 from __future__ import annotations

@@ -18,10 +18,13 @@ def decode_source(layout: Layout) -> str:
 
 
 class CooperativeKernel:
-    """One kernel on one GPU. Its source defines `shared_bytes` and `threads`; its argument is one struct."""
+    """One kernel on one GPU. Its source defines `shared_bytes` and the threads a block; its argument is one struct."""
 
-    def __init__(self, gpu: Gpu, name: str, source: str, blocks: int) -> None:
+    def __init__(self, gpu: Gpu, name: str, source: str, blocks: int, threads: str = "threads") -> None:
         """Compile (or take from the cache) and load.
+
+        Args:
+            threads: what the source calls their number.
 
         Raises:
             BackendError: it does not compile, or its blocks do not fit on the GPU together.
@@ -32,7 +35,7 @@ class CooperativeKernel:
         self._module = check(driver.cuModuleLoadData(compile_cached(source, gpu.arch, name)))
         self._function = check(driver.cuModuleGetFunction(self._module, name.encode()))
         self.shared_bytes = self._constant(b"shared_bytes")
-        self.threads = self._constant(b"threads")
+        self.threads = self._constant(threads.encode())
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self._function, attribute, self.shared_bytes))
         resident = check(

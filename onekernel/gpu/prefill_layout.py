@@ -85,12 +85,9 @@ class PrefillLayout:
     @classmethod
     def plans(cls, decode: Layout, sm_count: int, shared_memory: int, arch: str) -> list[PrefillLayout]:
         """All that a Prefiller compiles: for many tokens, and on sm_90a for few; none if shared memory is too small."""
-        both = [cls.plan(decode, sm_count, shared_memory, arch, narrow) for narrow in (False, True)]
-        return [
-            plan
-            for plan in both
-            if plan is not None and (both[0] is not None and (not plan.narrow or arch == "sm_90a"))
-        ]
+        kinds = (False, True) if arch == "sm_90a" else (False,)
+        plans = [cls.plan(decode, sm_count, shared_memory, arch, narrow) for narrow in kinds]
+        return [plan for plan in plans if plan is not None] if plans[0] is not None else []
 
     @property
     def shape(self) -> Shape:

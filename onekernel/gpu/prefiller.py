@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from onekernel.errors import BackendError, NotEnoughMemory
-from onekernel.gpu.compile import compile_all, compile_cached
+from onekernel.gpu.compile import compile_all
 from onekernel.gpu.decoder import REPORT, Decoder, State
 from onekernel.gpu.device import Gpu
 from onekernel.gpu.driver import check
+from onekernel.gpu.kernel import CooperativeKernel
 from onekernel.gpu.memory import DeviceBuffer
 from onekernel.gpu.prefill_layout import (
     MOST_CHUNK_TOKENS,
@@ -29,47 +29,13 @@ def prefill_source(layout: PrefillLayout) -> str:
     return assemble("prefill.cu", layout.constants(), layout.declarations())
 
 
-class _Kernel:
+class _Kernel(CooperativeKernel):
     """The prefill kernel compiled for one layout."""
 
     def __init__(self, gpu: Gpu, layout: PrefillLayout) -> None:
-        """Raises: see Prefiller."""
-        from cuda.bindings import driver
-
+        """Raises: see CooperativeKernel."""
+        super().__init__(gpu, "prefill", prefill_source(layout), layout.blocks, threads="block_threads")
         self.layout = layout
-        self.module = check(driver.cuModuleLoadData(compile_cached(prefill_source(layout), gpu.arch, "prefill")))
-        self.function = check(driver.cuModuleGetFunction(self.module, b"prefill"))
-        self.shared_bytes, self.threads = self._constant(b"shared_bytes"), self._constant(b"block_threads")
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(driver.cuFuncSetAttribute(self.function, attribute, self.shared_bytes))
-        occupancy = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
-        resident = gpu.sm_count * check(occupancy(self.function, self.threads, self.shared_bytes))
-        if resident < layout.blocks:
-            raise BackendError(
-                f"the prefill kernel's {layout.blocks} blocks do not fit on {gpu.name} together "
-                f"({resident} on {gpu.sm_count} SMs); use the backend cpu and report this"
-            )
-
-    def launch(self, arguments: PrefillArguments, stream: Any) -> None:
-        from cuda.bindings import driver
-
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        grid, block = (self.layout.blocks, 1, 1), (self.threads, 1, 1)
-        launch = driver.cuLaunchCooperativeKernel
-        check(launch(self.function, *grid, *block, self.shared_bytes, stream, ctypes.addressof(pointers)))
-
-    def close(self) -> None:
-        from cuda.bindings import driver
-
-        driver.cuModuleUnload(self.module)
-
-    def _constant(self, name: bytes) -> int:
-        from cuda.bindings import driver
-
-        address, size = check(driver.cuModuleGetGlobal(self.module, name))
-        value = ctypes.c_int()
-        check(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
-        return value.value
 
 
 class Prefiller:
@@ -83,9 +49,8 @@ class Prefiller:
         """
         self.decoder, self.layout, self.shape = decoder, layout, layout.shape
         gpu = decoder.gpu
-        narrow = None
-        if gpu.arch == "sm_90a":
-            narrow = PrefillLayout.plan(layout.decode, gpu.sm_count, gpu.shared_memory, gpu.arch, narrow=True)
+        plans = PrefillLayout.plans(layout.decode, gpu.sm_count, gpu.shared_memory, gpu.arch)
+        narrow = next((plan for plan in plans if plan.narrow), None)
         compile_all([prefill_source(plan) for plan in (layout, narrow) if plan], gpu.arch, "prefill")
         self._wide = _Kernel(gpu, layout)
         self._narrow = _Kernel(gpu, narrow) if narrow else None
@@ -269,4 +234,4 @@ class Prefiller:
         self.scratch, self.scratch_tokens = {}, 0
         for kernel in (self._wide, self._narrow):
             if kernel:
-                kernel.close()
+                kernel.unload()

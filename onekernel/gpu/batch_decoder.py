@@ -198,12 +198,7 @@ class BatchDecoder:
         table = (BatchRow * len(rows))(*(self._row(place, row, steps) for place, row in enumerate(rows)))
         check(driver.cuMemcpyHtoDAsync(self.table.address, ctypes.addressof(table), ctypes.sizeof(table), stream))
         arguments = BatchArguments(
-            tape=decoder.tape.address,
-            tape_offsets=decoder.tape_offsets.address,
-            head_offsets=decoder.head_offsets.address,
-            embedding=decoder.embedding.address if decoder.embedding else 0,
-            parameters=decoder.parameters.address,
-            rope=decoder.rope.address,
+            **decoder.model_addresses(),
             row_table=self.table.address,
             **{name: buffer.address for name, buffer in self.scratch.items()},
             barrier=self.words.address,

@@ -155,6 +155,17 @@ class Decoder:
         self._running = False
         self._failure: str | None = None
 
+    def model_addresses(self) -> dict[str, int]:
+        """The fields of a kernel's arguments that say where the model is. `reserve` may move `rope`."""
+        return {
+            "tape": self.tape.address,
+            "tape_offsets": self.tape_offsets.address,
+            "head_offsets": self.head_offsets.address,
+            "embedding": self.embedding.address if self.embedding else 0,
+            "parameters": self.parameters.address,
+            "rope": self.rope.address,
+        }
+
     # ---- states ----
 
     def new_state(self) -> State:
@@ -311,12 +322,7 @@ class Decoder:
         self.mapped.words[:] = 0
         stops = sorted(stop_tokens)[:MOST_STOP_TOKENS]
         arguments = DecodeArguments(
-            tape=self.tape.address,
-            tape_offsets=self.tape_offsets.address,
-            head_offsets=self.head_offsets.address,
-            embedding=self.embedding.address if self.embedding else 0,
-            parameters=self.parameters.address,
-            rope=self.rope.address,
+            **self.model_addresses(),
             state=state.buffer.address,
             exchange=self.exchange.address,
             candidates=self.candidates.address,

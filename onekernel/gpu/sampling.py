@@ -76,6 +76,23 @@ def is_plain(params: SamplingParams) -> bool:
     )
 
 
+def numbers(params: SamplingParams, vocab: int) -> dict[str, Any]:
+    """The fields of SamplingArguments that are no addresses, for parameters that are not plain."""
+    return {
+        "seed": params.seed or 0,
+        "top_p": params.top_p,
+        "temperature": params.temperature,
+        "min_p": params.min_p,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "top_k": min(params.top_k, vocab),
+        "greedy": params.greedy,
+        "logprobs": -1 if params.logprobs is None else params.logprobs,
+        "active": 1,
+    }
+
+
 def memory_needed(vocab: int, blocks: int) -> int:
     """Bytes of GPU memory that sampling works in."""
     return 3 * 4 * vocab + HISTOGRAM_BYTES + 2 * blocks * LIST_WORDS * 8
@@ -115,17 +132,7 @@ class DeviceSampling:
             histograms=self._histograms.address,
             lists=self._lists.address,
             records=self._records.address,
-            seed=params.seed or 0,
-            top_p=params.top_p,
-            temperature=params.temperature,
-            min_p=params.min_p,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            top_k=min(params.top_k, self._vocab),
-            greedy=params.greedy,
-            logprobs=-1 if params.logprobs is None else params.logprobs,
-            active=1,
+            **numbers(params, self._vocab),
         )
 
     @property

@@ -24,6 +24,7 @@ from onekernel.gpu.sampling import (
     _bias,
     _counts,
     is_plain,
+    numbers,
     reported,
 )
 from onekernel.sampling.params import SampledToken, SamplingParams
@@ -139,17 +140,7 @@ class HostModel:
                     row.work[name] = _copy(values)
             sampling = SamplingArguments(
                 **{name: array.ctypes.data for name, array in row.work.items() if name != "logits"},
-                seed=params.seed or 0,
-                top_p=params.top_p,
-                temperature=params.temperature,
-                min_p=params.min_p,
-                presence_penalty=params.presence_penalty,
-                frequency_penalty=params.frequency_penalty,
-                repetition_penalty=params.repetition_penalty,
-                top_k=min(params.top_k, vocab),
-                greedy=params.greedy,
-                logprobs=-1 if params.logprobs is None else params.logprobs,
-                active=1,
+                **numbers(params, vocab),
             )
         return BatchRow(
             state=row.state.ctypes.data,

@@ -23,33 +23,13 @@ from onekernel.sampling.sampler import Sampler
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from emulation.batch import HostModel
 from random_model import random_weights
+from small_shape import SMALL
 
 if not shutil.which("g++") or sys.platform == "darwin":
     pytest.skip("needs g++ for x86-64", allow_module_level=True)
 
 VOCABULARY_SIZE = 250
 CLEAR = 0.02  # of the standard deviation of the logits: a lead that rounding does not turn around
-SMALL = Shape(
-    hidden=256,
-    intermediate=512,
-    layer_types=(LINEAR, FULL),
-    vocab=264,
-    tied=True,
-    heads=4,
-    kv_heads=2,
-    head_dim=256,
-    rotary_dim=64,
-    rope_theta=1e7,
-    key_heads=1,
-    value_heads=2,
-    key_head_dim=128,
-    value_head_dim=128,
-    conv_kernel=4,
-    norm_eps=1e-6,
-    max_context=4096,
-    mtp_layers=0,
-    eos_token_ids=(),
-)
 # Query heads that are no power of two, several stages a row group with a rest, an embedding of its own.
 WIDE = dataclasses.replace(SMALL, hidden=512, intermediate=1792, heads=6, kv_heads=1, layer_types=(FULL, LINEAR))
 WIDE = dataclasses.replace(WIDE, key_heads=2, value_heads=6, tied=False)

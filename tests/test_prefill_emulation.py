@@ -6,6 +6,7 @@ the hardware are for the tests on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shutil
 import sys
@@ -16,10 +17,11 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent / "gpu"), str(Path(__file__).parent / "emulation")]
 
+import small_shape  # noqa: E402
 from emulate import Emulated  # noqa: E402
 from random_model import random_weights  # noqa: E402
 
-from onekernel.checkpoint.shape import FULL, LINEAR, Shape  # noqa: E402
+from onekernel.checkpoint.shape import FULL, LINEAR  # noqa: E402
 from onekernel.gpu.layout import Layout  # noqa: E402
 from onekernel.gpu.prefill_layout import PrefillLayout  # noqa: E402
 from onekernel.reference import model  # noqa: E402
@@ -31,26 +33,14 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++ on x86-64 Linux: the fibers switch in assembly",
 )
 LIMIT = 0.02  # as in tests/gpu/test_prefill.py
-SMALL = Shape(
+SMALL = dataclasses.replace(
+    small_shape.SMALL,
     hidden=512,
     intermediate=768,
     layer_types=(LINEAR, FULL, LINEAR),
     vocab=208,
-    tied=True,
-    heads=4,
-    kv_heads=2,
-    head_dim=256,
-    rotary_dim=64,
-    rope_theta=1e7,
     key_heads=2,
     value_heads=4,
-    key_head_dim=128,
-    value_head_dim=128,
-    conv_kernel=4,
-    norm_eps=1e-6,
-    max_context=4096,
-    mtp_layers=0,
-    eos_token_ids=(),
 )
 CASES = {
     "sm_90a": ("sm_90a", 232448, False, 4, (70, 30)),

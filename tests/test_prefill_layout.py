@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import small_shape
 
 from onekernel.checkpoint.safetensors import Tensor
-from onekernel.checkpoint.shape import FULL, LINEAR, Shape
+from onekernel.checkpoint.shape import Shape
 from onekernel.checkpoint.sizes import SIZES
 from onekernel.checkpoint.weights import Weights, expected_tensors
 from onekernel.gpu import tape
@@ -17,26 +18,8 @@ from onekernel.gpu.prefill_layout import MOST_SPLITS, PrefillArguments, PrefillL
 
 H200 = (132, 232448)  # SMs, bytes of shared memory a block may use
 ARCH = "sm_90a"
-SMALL = Shape(
-    hidden=768,
-    intermediate=1792,
-    layer_types=(LINEAR, FULL),
-    vocab=200,
-    tied=True,
-    heads=4,
-    kv_heads=1,
-    head_dim=256,
-    rotary_dim=64,
-    rope_theta=1e7,
-    key_heads=2,
-    value_heads=4,
-    key_head_dim=128,
-    value_head_dim=128,
-    conv_kernel=4,
-    norm_eps=1e-6,
-    max_context=4096,
-    mtp_layers=0,
-    eos_token_ids=(),
+SMALL = dataclasses.replace(
+    small_shape.SMALL, hidden=768, intermediate=1792, vocab=200, kv_heads=1, key_heads=2, value_heads=4
 )
 
 

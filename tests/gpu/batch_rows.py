@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from onekernel.backend.batch import Row
 from onekernel.gpu.batch_decoder import MOST_STEPS, BatchDecoder
-from onekernel.gpu.decoder import Decoder, State
+from onekernel.gpu.decoder import Decoder
 from onekernel.sampling.params import SampledToken, SamplingParams
 from onekernel.sampling.sampler import Sampler
 
 GREEDY = SamplingParams()
-
-
-@dataclass(eq=False)
-class Row:
-    """What onekernel/backend/batch.py calls a row."""
-
-    state: State
-    tokens: list[int]
-    sampler: Sampler
-    max_tokens: int = 1 << 20
-    stop_tokens: frozenset[int] = frozenset()
-    error: Any = None
+ENDLESS = 1 << 20  # tokens: more than any test makes
 
 
 def new_row(decoder: Decoder, prompt: Sequence[int], params: SamplingParams = GREEDY, **options: Any) -> Row:
     """A row whose state has consumed `prompt` but for its last token."""
     state = decoder.new_state()
     decoder.consume(state, prompt[:-1])
-    return Row(state, [prompt[-1]], Sampler(params, decoder.layout.vocabulary_size, prompt), **options)
+    sampler = Sampler(params, decoder.layout.vocabulary_size, prompt)
+    return Row(state, [prompt[-1]], sampler, **{"max_tokens": ENDLESS, **options})
 
 
 def advance(batch: BatchDecoder, rows: Sequence[Row], steps: int) -> list[list[SampledToken]]:

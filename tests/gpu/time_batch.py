@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+from batch_rows import ENDLESS, Row  # noqa: E402
 from measures import random_tokens  # noqa: E402
 from random_model import SIZES, VOCABULARY_SIZE, random_weights  # noqa: E402
 
 from onekernel.checkpoint.shape import FULL, Shape  # noqa: E402
 from onekernel.gpu.batch_decoder import BatchDecoder  # noqa: E402
-from onekernel.gpu.decoder import Decoder, State  # noqa: E402
+from onekernel.gpu.decoder import Decoder  # noqa: E402
 from onekernel.gpu.device import find_gpu  # noqa: E402
 from onekernel.gpu.layout import Layout  # noqa: E402
 from onekernel.sampling.params import SamplingParams  # noqa: E402
@@ -37,16 +37,6 @@ PROMPTS = 8
 BATCHES = tuple(map(int, os.environ.get("BATCHES", "1,8,32,64,256").split(",")))
 LINEAR_PHASES = ("in_proj", "delta", "out_proj", "gate_up", "down")
 FULL_PHASES = ("qkv", "attend", "merge", "o_proj", "gate_up", "down")
-
-
-@dataclass(eq=False)
-class Row:
-    state: State
-    tokens: list[int]
-    sampler: Sampler
-    max_tokens: int = 1 << 20
-    stop_tokens: frozenset[int] = frozenset()
-    error: Any = None
 
 
 def phase_names(shape: Shape) -> list[str]:
@@ -66,7 +56,7 @@ def new_rows(decoder: Decoder, count: int, params: SamplingParams) -> list[Row]:
         else:
             state = decoder.restore(decoder.snapshot(rows[i % PROMPTS].state))
         decoder.reserve(state, PROMPT + MADE + 2 * STEPS)
-        rows.append(Row(state, tokens[-1:], Sampler(params, VOCABULARY_SIZE, tokens)))
+        rows.append(Row(state, tokens[-1:], Sampler(params, VOCABULARY_SIZE, tokens), ENDLESS))
     return rows
 
 
